@@ -1,0 +1,98 @@
+"""The native core: whether it is there, and its thread pool.
+
+Addresses cross this boundary, nothing else. Callers keep every tensor in a local variable until
+the call returns. Native functions are single-threaded and release the GIL; work is split here.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from memos import settings
+from memos.errors import ArgumentError, BackendError
+
+# Below this many bytes a second thread costs more than it saves (about 20 us to wake one).
+_BYTES_PER_THREAD = 512 * 1024
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[Any, str | None]:
+    try:
+        from memos import _C
+    except ImportError as error:
+        return None, f"the native core is not built: {error}"
+    wanted = settings.forced_isa()
+    try:
+        _C.choose_isa(wanted or "")
+    except ValueError as error:
+        return None, f"MEMOS_CPU_ISA={wanted}: {error}"
+    return _C, None
+
+
+def missing() -> str | None:
+    """None when the native core runs here, else why not."""
+    return _load()[1]
+
+
+def core() -> Any:
+    """The native module. Raises BackendError when it is not there."""
+    module, why = _load()
+    if why is not None:
+        raise BackendError(why)
+    return module
+
+
+def isa() -> str:
+    """The instruction set in use: baseline, avx2 or avx512."""
+    return str(core().isa())
+
+
+def isas() -> dict[str, str]:
+    """Every instruction set built in, with "ready" or why this processor cannot run it."""
+    return dict(core().isas())
+
+
+_pool_lock = threading.Lock()
+_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, threads, pool
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """The pool of this process: a forked child has none of its parent's threads."""
+    global _pool
+    with _pool_lock:
+        if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
+            if _pool is not None and _pool[0] == os.getpid():
+                _pool[2].shutdown(wait=False)
+            _pool = (os.getpid(), count, ThreadPoolExecutor(count, "memos-kernel"))
+        return _pool[2]
+
+
+def parallel(work: Callable[[int, int], object], count: int, total_bytes: int) -> None:
+    """Run ``work(first, last)`` over [0, count), split over threads when the bytes pay for it."""
+    n = min(settings.num_threads(), count, 1 + total_bytes // _BYTES_PER_THREAD)
+    if n <= 1:
+        if count:
+            work(0, count)
+        return
+    bounds = [count * i // n for i in range(n + 1)]
+    pool = _threads(n - 1)
+    pending = [pool.submit(work, bounds[i], bounds[i + 1]) for i in range(1, n)]
+    try:
+        work(bounds[0], bounds[1])
+    finally:
+        errors = [f.exception() for f in pending]  # also waits: the tensors must outlive the work
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def check_rows(ids: int, count: int, N: int) -> None:
+    """Raise ArgumentError unless the ``count`` int64 ids at this address are in [0, N)."""
+    bad = core().first_out_of_range(ids, count, N)
+    if bad >= 0:
+        raise ArgumentError(f"block_ids: ids in [0, {N}) wanted, entry {bad} is out of range")

@@ -1,0 +1,360 @@
+"""KV blocks <-> packed bytes. The two ops and their reference; the layout is in codec.py."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from memos.errors import ArgumentError
+from memos.kernels import _native
+from memos.kernels._dims import Dims
+from memos.kernels._op import op
+from memos.kernels.blocks import check_ids
+from memos.kernels.codec import BITS, KINDS, Codec, Scheme, check_head_dim, hadamard_size
+
+FP16_MAX = 65504.0
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+Rows = torch.Tensor | Sequence[torch.Tensor]
+
+
+def _check_cache(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    codec: Codec,
+) -> Dims:
+    if not isinstance(codec, Codec):
+        raise ArgumentError(f"codec: a Codec wanted, got {type(codec).__name__}")
+    if len(keys) != len(values) or not len(keys):
+        raise ArgumentError(
+            f"keys, values: the same number of layers wanted, got {len(keys)} and {len(values)}"
+        )
+    dims = Dims(L=len(keys)).tensor("block_ids", block_ids, "M", [torch.int64])
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        dims.tensor(f"keys[{layer}]", key, "N P K Dk", list(DTYPES))
+        dims.tensor(f"values[{layer}]", value, "N P K Dv", [keys[0].dtype])
+        if key.dtype != keys[0].dtype:
+            raise ArgumentError(f"keys[{layer}]: {keys[0].dtype} wanted, got {key.dtype}")
+        for name, tensor in ((f"keys[{layer}]", key), (f"values[{layer}]", value)):
+            if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+                raise ArgumentError(f"{name}: stride 1 wanted for axis 3, got {tensor.stride(3)}")
+    if not block_ids.is_contiguous():
+        raise ArgumentError("block_ids: contiguous wanted")
+    check_head_dim(codec, dims["Dk"], dims["Dv"])
+    return dims
+
+
+def _check_pack(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    codec: Codec,
+) -> None:
+    _check_cache(keys, values, block_ids, codec)
+
+
+def _check_unpack(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    packed: Rows,
+    codec: Codec,
+) -> None:
+    dims = _check_cache(keys, values, block_ids, codec)
+    E = layer_bytes(codec, keys[0], values[0])
+    if len(packed) != dims["M"]:
+        raise ArgumentError(f"packed: M = {dims['M']} rows wanted, got {len(packed)}")
+    rows = [packed] if isinstance(packed, torch.Tensor) and len(packed) else packed
+    wanted = (dims["L"], E)
+    for row in rows:
+        if row.dtype != torch.uint8 or tuple(row.shape[-2:]) != wanted or not row.is_contiguous():
+            raise ArgumentError(
+                f"packed: contiguous uint8 rows of shape {list(wanted)} wanted for codec "
+                f"{codec.name}, got {row.dtype} {list(row.shape[-2:])}"
+            )
+
+
+def layer_bytes(codec: Codec, key: torch.Tensor, value: torch.Tensor) -> int:
+    """E: bytes of one layer of one block, from its [N, P, K, D] views."""
+    _, P, H, Dk = key.shape
+    return codec.layer_bytes(P, H, Dk, value.shape[3], key.element_size())
+
+
+@op(check=_check_pack)
+def pack_kv(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    codec: Codec,
+) -> torch.Tensor:
+    """Gather blocks of every layer and encode them: gather + layout + (rotate) + quantise + pack.
+
+    Integers: ``q = round_half_even((x - zero) / scale)``, ``zero`` = the group's minimum rounded
+    down to fp16, ``scale`` = (maximum - zero) / (2^bits - 1) rounded up to fp16. fp8 (e4m3):
+    ``q = e4m3(x / scale)``, ``scale`` = max|x| / 448 rounded up to fp16. Groups are of tokens for
+    K (per channel) and of channels for V (per token). A constant group has scale 0. NaN counts as
+    0, infinities and numbers beyond fp16 as +-65504. Every backend writes the same bytes.
+
+    Args:
+        keys:      L tensors [N, P, K, Dk] fp32, fp16 or bf16, any strides with the last one 1.
+        values:    L tensors [N, P, K, Dv], dtype and device of ``keys``.
+        block_ids: [M] int64, contiguous. Each in [0, N); may repeat.
+        codec:     how; quantised codecs need Dk and Dv to be multiples of 8.
+
+    Returns:
+        [M, L, E] uint8, E = codec.layer_bytes(P, K, Dk, Dv, element_size): per layer the K
+        section, then the V section; padding bytes are 0.
+
+    Raises:
+        ArgumentError: a shape, dtype, stride or id is out of contract.
+
+    Cost: reads M * L * P * K * (Dk + Dv) elements once and writes M * L * E bytes.
+    Source: per-channel K and per-token V: KIVI (arXiv 2402.02750, section 3); rotation: QuaRot
+    (arXiv 2404.00456, section 4.2).
+    """
+    check_ids("block_ids", block_ids, len(keys[0]))
+    layers = [
+        torch.cat(
+            [
+                _encode(key[block_ids].transpose(1, 2), codec.key, per_channel=True),
+                _encode(value[block_ids].transpose(1, 2), codec.value, per_channel=False),
+            ],
+            dim=1,
+        )
+        for key, value in zip(keys, values, strict=True)
+    ]
+    return torch.stack(layers, dim=1)
+
+
+@op(check=_check_unpack)
+def unpack_kv(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    packed: Rows,
+    codec: Codec,
+) -> None:
+    """Decode packed blocks into a cache: the inverse of ``pack_kv``; changes keys and values.
+
+    Integers: ``x = zero + q * scale``; fp8: ``x = q * scale``; rotated back where rotated; in
+    fp32, then rounded once to the dtype of ``keys`` (fp16 saturates at +-65504).
+
+    Args:
+        keys, values: as ``pack_kv``; block ``block_ids[m]`` of every layer is overwritten. With
+            codec raw the dtype must be the one that was packed.
+        block_ids: [M] int64, contiguous, no two equal.
+        packed:    [M, L, E] uint8 contiguous, or M tensors [L, E]: blocks that lie apart.
+        codec:     the codec they were packed with.
+
+    Raises:
+        ArgumentError: a shape, dtype, stride or id is out of contract.
+
+    Cost: reads M * L * E bytes, writes M * L * P * K * (Dk + Dv) elements once.
+    """
+    check_ids("block_ids", block_ids, len(keys[0]))
+    if not len(packed):
+        return
+    rows = packed if isinstance(packed, torch.Tensor) else torch.stack(list(packed))
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        _, P, H, Dk = key.shape
+        split = codec.key.section_bytes(P, H, Dk, key.element_size(), True)
+        for data, out, scheme, per_channel in (
+            (rows[:, layer, :split], key, codec.key, True),
+            (rows[:, layer, split:], value, codec.value, False),
+        ):
+            out[block_ids] = _decode(data, out, scheme, per_channel).transpose(1, 2)
+
+
+# The reference arithmetic. x: [M, H, P, D]; K groups along P, V groups along D.
+
+
+def _encode(x: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
+    M, H, P, D = x.shape
+    size, param_size = scheme.parts(P, H, D, x.element_size(), per_channel)
+    if scheme.kind == "raw":
+        return _pad(x.contiguous().view(torch.uint8).reshape(M, -1), size)
+    x = _sanitise(x.float())
+    if scheme.rotate:
+        x = _sanitise(_hadamard(x))
+    dim = 2 if per_channel else 3
+    groups = x.split(scheme.group, dim=dim)
+    codes, scales, zeros = zip(*(_quantise(g, scheme, dim) for g in groups), strict=True)
+    packed = _join(torch.cat(codes, dim=dim), BITS[scheme.kind]).reshape(M, -1)
+    params = [torch.cat(scales, dim=dim)]
+    if scheme.kind != "fp8":
+        params.append(torch.cat(zeros, dim=dim))
+    data = torch.cat([p.reshape(M, -1).view(torch.uint8) for p in params], dim=1)
+    return torch.cat([_pad(packed, size), _pad(data, param_size)], dim=1)
+
+
+def _decode(data: torch.Tensor, out: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
+    _, P, H, D = out.shape
+    M = len(data)
+    size, _ = scheme.parts(P, H, D, out.element_size(), per_channel)
+    if scheme.kind == "raw":
+        used = P * H * D * out.element_size()
+        return data[:, :used].contiguous().view(out.dtype).view(M, H, P, D)
+    bits = BITS[scheme.kind]
+    codes = _split(data[:, : P * H * D * bits // 8].reshape(M, H, P, -1), bits)
+    num = -(-P // scheme.group) if per_channel else -(-D // scheme.group)
+    shape = (M, H, num, D) if per_channel else (M, H, P, num)
+    count = shape[1] * shape[2] * shape[3]
+    params = data[:, size:].contiguous().view(torch.float16).float()
+
+    def spread(p: torch.Tensor) -> torch.Tensor:
+        dim, length = (2, P) if per_channel else (3, D)
+        return p.reshape(shape).repeat_interleave(scheme.group, dim=dim).narrow(dim, 0, length)
+
+    scale = spread(params[:, :count])
+    if scheme.kind == "fp8":
+        x = codes.view(torch.float8_e4m3fn).float() * scale
+    else:
+        x = spread(params[:, count : 2 * count]) + codes.float() * scale
+    if scheme.rotate:
+        x = _hadamard(x)
+    if out.dtype == torch.float16:
+        x = x.clamp(-FP16_MAX, FP16_MAX)
+    return x.to(out.dtype)
+
+
+def _quantise(
+    x: torch.Tensor, scheme: Scheme, dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if scheme.kind == "fp8":
+        scale = _to_fp16(x.abs().amax(dim, keepdim=True) * (1 / 448), up=True)
+        y = (x * _inverse(scale)).clamp(-448, 448)
+        return y.to(torch.float8_e4m3fn).view(torch.uint8), scale, scale
+    zero = _to_fp16(x.amin(dim, keepdim=True) + 0.0, up=False)
+    levels = 2 ** BITS[scheme.kind] - 1
+    extent = x.amax(dim, keepdim=True) - zero.float()
+    scale = _to_fp16(extent * torch.tensor(1 / levels, dtype=torch.float32), up=True)
+    codes = torch.round((x - zero.float()) * _inverse(scale))
+    return codes.to(torch.uint8), scale, zero
+
+
+def _inverse(scale: torch.Tensor) -> torch.Tensor:
+    s = scale.float()
+    return torch.where(s > 0, 1.0 / s, torch.zeros_like(s))
+
+
+def _sanitise(x: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(x, nan=0.0).clamp(-FP16_MAX, FP16_MAX)
+
+
+def _to_fp16(x: torch.Tensor, up: bool) -> torch.Tensor:
+    """x rounded to fp16 towards +infinity (``up``) or -infinity; |x| <= 131008 / 3."""
+    h = x.to(torch.float16)
+    wrong = h.float() < x if up else h.float() > x
+    bits = h.view(torch.int16)
+    away = (bits < 0) != up  # the step in direction `up` grows the magnitude
+    tiny = torch.full_like(bits, 1 if up else -32767)
+    step = torch.where(h == 0, tiny, torch.where(away, bits + 1, bits - 1))
+    return torch.where(wrong, step, bits).view(torch.float16)
+
+
+def _hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Rotate the last axis by a normalised Hadamard matrix of its largest power-of-two divisor."""
+    n = hadamard_size(x.shape[-1])
+    shape, h = x.shape, 1
+    while h < n:
+        pairs = x.reshape(-1, 2, h)
+        a, b = pairs[:, 0], pairs[:, 1]
+        x = torch.stack([a + b, a - b], dim=1)
+        h *= 2
+    return x.reshape(shape) * torch.tensor(n**-0.5, dtype=torch.float32)
+
+
+def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Byte j of a row holds the codes of channels j, j + D/E, j + 2D/E, ... from the low bits up."""
+    E = 8 // bits
+    parts = codes.unflatten(-1, (E, codes.shape[-1] // E)).int()
+    shifts = torch.arange(E).mul(bits)[:, None]
+    return (parts << shifts).sum(-2).to(torch.uint8)
+
+
+def _split(data: torch.Tensor, bits: int) -> torch.Tensor:
+    shifts = torch.arange(8 // bits).mul(bits)[:, None]
+    codes = (data.int().unsqueeze(-2) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2).to(torch.uint8)
+
+
+def _pad(data: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(data, (0, size - data.shape[1]))
+
+
+# The CPU backend: one struct of int64 (csrc/cpu/kernels.h, KvCall) crosses the boundary.
+
+
+def _on_cpu(keys: Sequence[torch.Tensor], *rest: object) -> bool:
+    return keys[0].device.type == "cpu"
+
+
+def _call(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    rows: Sequence[int],
+    codec: Codec,
+) -> tuple[array[int], list[array[int]]]:
+    """The KvCall struct, and the tables that it points to (keep them alive during the call)."""
+    layers = array("q")
+    for key, value in zip(keys, values, strict=True):
+        layers.extend([key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3]])
+    table = array("q", rows)
+    N, P, H, Dk = keys[0].shape
+    Dv = values[0].shape[3]
+    itemsize = keys[0].element_size()
+    call = array("q", [layers.buffer_info()[0], len(keys), block_ids.data_ptr(), len(block_ids)])
+    call.extend([table.buffer_info()[0], N, P, H, Dk, Dv, DTYPES[keys[0].dtype]])
+    for scheme in (codec.key, codec.value):
+        call.extend([KINDS[scheme.kind], scheme.group, int(scheme.rotate)])
+    call.append(codec.layer_bytes(P, H, Dk, Dv, itemsize))
+    return call, [layers, table]
+
+
+@pack_kv.backend("cpu", accepts=_on_cpu, missing=_native.missing)
+def _pack_cpu(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    codec: Codec,
+) -> torch.Tensor:
+    M, L, E = len(block_ids), len(keys), layer_bytes(codec, keys[0], values[0])
+    out = torch.empty(M, L, E, dtype=torch.uint8)
+    _native.check_rows(block_ids.data_ptr(), M, len(keys[0]))
+    rows = [out.data_ptr() + m * L * E for m in range(M)]
+    call, tables = _call(keys, values, block_ids, rows, codec)
+    address = call.buffer_info()[0]
+    source_bytes = M * L * (keys[0][0].numel() + values[0][0].numel()) * keys[0].element_size()
+    _native.parallel(
+        lambda first, last: _native.core().cpu_pack_kv(address, first, last), M * L, source_bytes
+    )
+    del tables
+    return out
+
+
+@unpack_kv.backend("cpu", accepts=_on_cpu, missing=_native.missing)
+def _unpack_cpu(
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    block_ids: torch.Tensor,
+    packed: Rows,
+    codec: Codec,
+) -> None:
+    M, L = len(block_ids), len(keys)
+    if not M:
+        return
+    _native.check_rows(block_ids.data_ptr(), M, len(keys[0]))
+    if isinstance(packed, torch.Tensor):
+        rows = [packed.data_ptr() + m * packed.stride(0) for m in range(M)]
+    else:
+        rows = [row.data_ptr() for row in packed]
+    call, tables = _call(keys, values, block_ids, rows, codec)
+    address = call.buffer_info()[0]
+    out_bytes = M * L * (keys[0][0].numel() + values[0][0].numel()) * keys[0].element_size()
+    _native.parallel(
+        lambda first, last: _native.core().cpu_unpack_kv(address, first, last), M * L, out_bytes
+    )
+    del tables
