@@ -174,18 +174,18 @@ def _encode(x: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
     M, H, P, D = x.shape
     size, param_size = scheme.parts(P, H, D, x.element_size(), per_channel)
     if scheme.kind == "raw":
-        return _pad(x.contiguous().view(torch.uint8).reshape(M, -1), size)
+        return _pad(x.contiguous().view(torch.uint8).flatten(1), size)
     x = _sanitise(x.float())
     if scheme.rotate:
         x = _sanitise(_hadamard(x))
     dim = 2 if per_channel else 3
     groups = x.split(scheme.group, dim=dim)
     codes, scales, zeros = zip(*(_quantise(g, scheme, dim) for g in groups), strict=True)
-    packed = _join(torch.cat(codes, dim=dim), BITS[scheme.kind]).reshape(M, -1)
+    packed = _join(torch.cat(codes, dim=dim), BITS[scheme.kind]).flatten(1)
     params = [torch.cat(scales, dim=dim)]
     if scheme.kind != "fp8":
         params.append(torch.cat(zeros, dim=dim))
-    data = torch.cat([p.reshape(M, -1).view(torch.uint8) for p in params], dim=1)
+    data = torch.cat([p.flatten(1).view(torch.uint8) for p in params], dim=1)
     return torch.cat([_pad(packed, size), _pad(data, param_size)], dim=1)
 
 
@@ -197,7 +197,7 @@ def _decode(data: torch.Tensor, out: torch.Tensor, scheme: Scheme, per_channel: 
         used = P * H * D * out.element_size()
         return data[:, :used].contiguous().view(out.dtype).view(M, H, P, D)
     bits = BITS[scheme.kind]
-    codes = _split(data[:, : P * H * D * bits // 8].reshape(M, H, P, -1), bits)
+    codes = _split(data[:, : P * H * D * bits // 8].unflatten(1, (H, P, D * bits // 8)), bits)
     num = -(-P // scheme.group) if per_channel else -(-D // scheme.group)
     shape = (M, H, num, D) if per_channel else (M, H, P, num)
     count = shape[1] * shape[2] * shape[3]
@@ -267,16 +267,14 @@ def _hadamard(x: torch.Tensor) -> torch.Tensor:
 
 
 def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Byte j of a row holds the codes of channels j, j + D/E, j + 2D/E, ... from the low bits up."""
+    """The code of channel c stands at bit c * bits of its row, little-endian."""
     E = 8 // bits
-    parts = codes.unflatten(-1, (E, codes.shape[-1] // E)).int()
-    shifts = torch.arange(E).mul(bits)[:, None]
-    return (parts << shifts).sum(-2).to(torch.uint8)
+    parts = codes.unflatten(-1, (codes.shape[-1] // E, E)).int()
+    return (parts << torch.arange(E).mul(bits)).sum(-1).to(torch.uint8)
 
 
 def _split(data: torch.Tensor, bits: int) -> torch.Tensor:
-    shifts = torch.arange(8 // bits).mul(bits)[:, None]
-    codes = (data.int().unsqueeze(-2) >> shifts) & (2**bits - 1)
+    codes = (data.int().unsqueeze(-1) >> torch.arange(8 // bits).mul(bits)) & (2**bits - 1)
     return codes.flatten(-2).to(torch.uint8)
 
 

@@ -1,0 +1,8 @@
+// The kernels for one instruction set; see kernels.inl.
+#define MEMOS_LANES 8
+#include "cpu/kernels.inl"
+
+namespace memos::cpu {
+extern const Kernels kAvx2;
+const Kernels kAvx2 = {"avx2", pack_kv, unpack_kv, gather_rows, write_rows};
+}  // namespace memos::cpu

@@ -1,0 +1,8 @@
+// The kernels for one instruction set; see kernels.inl.
+#define MEMOS_LANES 16
+#include "cpu/kernels.inl"
+
+namespace memos::cpu {
+extern const Kernels kAvx512;
+const Kernels kAvx512 = {"avx512", pack_kv, unpack_kv, gather_rows, write_rows};
+}  // namespace memos::cpu
