@@ -1,0 +1,7 @@
+"""``python -m memos``: the same as the command ``memos``."""
+
+import sys
+
+from memos.cli import main
+
+sys.exit(main())

@@ -1,0 +1,200 @@
+"""What runs on this machine, and why something does not: the report of ``memos doctor``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import memos
+from memos import settings
+from memos.kernels import _native
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+DISTRIBUTION = "memos-native"
+READY = "ready"
+# Package: why one would install it. Versions come from its metadata; nothing is imported.
+PACKAGES = {
+    "torch": "ops, KVCacheMemory",
+    "transformers": "KVCacheMemory with generate",
+    "numpy": "torch's tensors from and to Python",
+    "triton": "kernels on a GPU",
+    "cryptography": "encrypted blocks",
+    "blake3": "checksums",
+    "rich": "this report",
+}
+# Variables of others that change what an op does here.
+FOREIGN_VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings, as plain data; ``problems`` is empty when all that is installed works."""
+
+    memos: dict[str, str]
+    versions: dict[str, str | None]  # None: not installed
+    native: dict[str, str]  # "core", "isa"; then each instruction set: "ready" or why not
+    devices: dict[str, str]
+    ops: dict[str, dict[str, str]]  # op -> backend -> "ready" or why not
+    environment: dict[str, str]
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+
+def examine() -> Report:
+    """Look at everything. Cost: imports torch where it is installed, to ask each backend."""
+    versions = {name: _version(name) for name in PACKAGES}
+    native = _examine_native()
+    ops, broken = _examine_ops(torch_installed=versions["torch"] is not None)
+    problems = [*_conflicts(), *broken]
+    if (why := _native.missing()) is not None:
+        problems.append(why)
+    if forced := settings.forced_backend():
+        problems.extend(_examine_forced(forced, ops))
+    return Report(
+        memos={
+            "version": memos.__version__,
+            "path": str(Path(memos.__file__).parent),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        versions=versions,
+        native=native,
+        devices=_examine_devices(versions),
+        ops=ops,
+        environment=dict(_environment()),
+        problems=problems,
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _examine_native() -> dict[str, str]:
+    if (why := _native.missing()) is not None:
+        return {"core": why}
+    return {"core": READY, "isa": _native.isa(), **_native.isas()}
+
+
+def _examine_ops(torch_installed: bool) -> tuple[dict[str, dict[str, str]], list[str]]:
+    if not torch_installed:
+        return {}, []
+    from memos import kernels
+
+    try:
+        kernels.load_all()
+    except ImportError as error:
+        return {}, [f"the ops cannot be loaded: {error}"]
+    return dict(sorted(kernels.available().items())), []
+
+
+def _examine_forced(backend: str, ops: dict[str, dict[str, str]]) -> Iterator[str]:
+    states = {op: backends.get(backend, "it has none") for op, backends in ops.items()}
+    failing = [f"{op} ({state})" for op, state in states.items() if state != READY]
+    if failing:
+        yield f"MEMOS_BACKEND={backend} makes these ops fail: {', '.join(failing)}"
+
+
+def _examine_devices(versions: dict[str, str | None]) -> dict[str, str]:
+    found = {"threads": f"{settings.num_threads()} for one kernel call"}
+    if versions["torch"] is None:
+        return {**found, "cuda": "unknown: torch is not installed"}
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return {**found, "cuda": f"CUDA {torch.version.cuda}: {', '.join(names)}"}
+    if torch.version.cuda is None:
+        return {**found, "cuda": "none: this torch is built without CUDA"}
+    return {**found, "cuda": f"none: CUDA {torch.version.cuda} finds no device or no driver"}
+
+
+def _environment() -> Iterator[tuple[str, str]]:
+    for name in sorted(os.environ):
+        if name.startswith("MEMOS_") or name in FOREIGN_VARIABLES:
+            yield name, os.environ[name]
+
+
+def _normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _conflicts() -> Iterator[str]:
+    """Other packages that install an import package ``memos``; an import that is not ours."""
+    owners = importlib.metadata.packages_distributions().get("memos", [])
+    others = sorted({name for name in owners if _normalised(name) != DISTRIBUTION})
+    for name in others:
+        yield (
+            f"{name} {_version(name)} also installs an import package memos: their files mix. "
+            f"pip uninstall {name} {DISTRIBUTION}, then install each in its own environment"
+        )
+    try:
+        installed = importlib.metadata.distribution(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if installed.version != memos.__version__:
+        yield f"{DISTRIBUTION} {installed.version} is installed, but memos {memos.__version__} runs"
+    for file in installed.files or ():
+        if file.as_posix() == "memos/__init__.py":
+            ours, loaded = Path(str(file.locate())).resolve(), Path(memos.__file__).resolve()
+            if ours != loaded:
+                yield f"memos is imported from {loaded.parent}, but installed in {ours.parent}"
+
+
+def render(report: Report) -> list[RenderableType]:
+    """The report as a person reads it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    def table(title: str, *columns: str) -> Table:
+        made = Table(title=title, title_justify="left", title_style="bold")
+        for column in columns:
+            made.add_column(column, overflow="fold")
+        return made
+
+    def state(text: str) -> str:
+        return f"[green]{text}[/]" if text == READY else f"[yellow]{escape(text)}[/]"
+
+    machine = table("memos", "what", "state")
+    for name, value in report.memos.items():
+        machine.add_row(name, escape(value))
+    for name, value in report.devices.items():
+        machine.add_row(name, escape(value))
+    for name, value in report.environment.items():
+        machine.add_row(name, escape(value))
+
+    packages = table("Packages", "package", "version", "for")
+    for name, version in report.versions.items():
+        packages.add_row(name, version or "[yellow]not installed[/]", PACKAGES[name])
+
+    native = table("Native core", "what", "state")
+    for name, value in report.native.items():
+        native.add_row(name, escape(value) if name == "isa" else state(value))
+
+    ops = table("Ops", "op", "backend", "state")
+    for op, backends in report.ops.items():
+        for i, (backend, value) in enumerate(backends.items()):
+            ops.add_row("" if i else op, backend, state(value))
+    if not report.ops:
+        ops.add_row("all", "all", f"[yellow]pip install '{escape(DISTRIBUTION + '[torch]')}'[/]")
+
+    verdict = [f"[red]problem:[/] {escape(problem)}" for problem in report.problems]
+    return [machine, packages, native, ops, *(verdict or ["[green]all that is installed works[/]"])]
