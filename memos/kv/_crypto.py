@@ -1,0 +1,136 @@
+"""Keys of one tenant, and the three things done with them: authenticate, digest, encrypt."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from blake3 import blake3
+
+from memos.errors import ArgumentError, BackendError
+
+KEY_BYTES = 32
+TAG_BYTES = 16
+NONCE_BYTES = 12
+Buffer = bytes | bytearray | memoryview
+
+
+def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
+    """32 bytes by HKDF-SHA256 (RFC 5869, one round)."""
+    return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
+
+
+def check_encryption_key(key: bytes | None) -> None:
+    """Raise ArgumentError unless None or 32 bytes, BackendError where AES is not installed."""
+    if key is None:
+        return
+    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+        got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        raise ArgumentError(f"encryption_key: {KEY_BYTES} bytes wanted, got {got}")
+    _aes(key)
+
+
+def _aes(key: bytes) -> Any:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError as error:
+        raise BackendError(
+            "encryption_key: the package 'cryptography' is not installed; "
+            "pip install 'memos-native[crypto]'"
+        ) from error
+    return AESGCM(key)
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int64."""
+    try:
+        tokens = array("q", token_ids)
+    except (TypeError, OverflowError) as error:
+        raise ArgumentError(f"token_ids: integers in [0, 2^63) wanted: {error}") from None
+    if array("H", [1]).tobytes() != b"\x01\x00":
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+class TenantKeys:
+    """The keys derived from one tenant's secret. Immutable, safe to share between threads.
+
+    Without an encryption key the root is the secret itself: whoever reads the folder can verify
+    and forge frames, whoever does not have it can do neither. With one, the root needs both.
+    """
+
+    def __init__(self, tenant_id: bytes, secret: bytes, encryption_key: bytes | None) -> None:
+        self.tenant_id = tenant_id
+        root = secret
+        if encryption_key is not None:
+            root = hkdf(encryption_key, secret, b"memos.kv tenant root v1")
+        self.block_secret = _derive(root, "memos.kv v1 block keys")
+        self.tail_secret = _derive(root, "memos.kv v1 tail keys")
+        self.check = _derive(root, "memos.kv v1 key check")
+        self._header = _derive(root, "memos.kv v1 header mac")
+        self._payload = _derive(root, "memos.kv v1 payload mac")
+        self._tokens = _derive(root, "memos.kv v1 token digest")
+        self._row = _derive(root, "memos.kv v1 session mac")
+        self._cipher = None
+        if encryption_key is not None:
+            self._cipher = _aes(_derive(root, "memos.kv v1 aes-256-gcm"))
+
+    @property
+    def encrypted(self) -> bool:
+        return self._cipher is not None
+
+    def header_mac(self, header: Buffer) -> bytes:
+        return bytes(blake3(header, key=self._header).digest())
+
+    def payload_mac(self, payload: Buffer) -> bytes:
+        return bytes(blake3(payload, key=self._payload).digest())
+
+    def token_digest(self, token_ids: Sequence[int]) -> bytes:
+        return bytes(blake3(token_bytes(token_ids), key=self._tokens).digest())
+
+    def encrypt(self, nonce: bytes, data: Buffer, header: Buffer) -> bytes:
+        """AES-256-GCM: the ciphertext with its 16-byte tag behind it."""
+        assert self._cipher is not None
+        return bytes(self._cipher.encrypt(nonce, data, bytes(header)))
+
+    def decrypt(self, nonce: bytes, data: Buffer, header: Buffer) -> bytes | None:
+        """The plaintext, or None when the tag does not fit."""
+        from cryptography.exceptions import InvalidTag
+
+        assert self._cipher is not None
+        try:
+            plain: bytes = self._cipher.decrypt(nonce, data, bytes(header))
+        except InvalidTag:
+            return None
+        return plain
+
+    def row_id(self, name: str) -> bytes:
+        """The name of a session as its table knows it."""
+        return bytes(blake3(b"id" + name.encode(), key=self._row).digest(16))
+
+    def seal(self, data: bytes, context: bytes) -> bytes:
+        """Bytes that ``unseal`` gives back only unchanged and under the same context."""
+        if self.encrypted:
+            nonce = os.urandom(NONCE_BYTES)
+            return nonce + self.encrypt(nonce, data, context)
+        return self._mac(data, context) + data
+
+    def unseal(self, sealed: bytes, context: bytes) -> bytes | None:
+        """The bytes that were sealed, or None when anything does not fit."""
+        if self.encrypted:
+            if len(sealed) < NONCE_BYTES + TAG_BYTES:
+                return None
+            return self.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
+        mac, data = sealed[:KEY_BYTES], sealed[KEY_BYTES:]
+        return data if hmac.compare_digest(mac, self._mac(data, context)) else None
+
+    def _mac(self, data: bytes, context: bytes) -> bytes:
+        size = len(context).to_bytes(8, "little")
+        return bytes(blake3(size + context + data, key=self._row).digest())
+
+
+def _derive(root: bytes, context: str) -> bytes:
+    return bytes(blake3(root, derive_key_context=context).digest())

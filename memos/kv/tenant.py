@@ -1,0 +1,323 @@
+"""One tenant's view of a store: blocks and sessions under keys of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memos.errors import ArgumentError, NotFoundError
+from memos.kernels.hashing import hash_blocks
+from memos.kv import _files
+from memos.kv._crypto import Buffer, TenantKeys
+from memos.kv._reading import Question, read_blocks
+from memos.kv._state import State
+from memos.kv._writing import check_entry, write_blocks
+from memos.kv.frame import ZERO_KEY
+from memos.kv.identity import KVIdentity
+from memos.kv.sessions import Session, SessionTable
+
+_TICK_NS = 200_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One block to store.
+
+    ``token_ids`` are the block's own tokens: P of them, or for a tail 1 to P - 1. ``index`` counts
+    full blocks before it; ``parent`` is the key of the last of those, 32 zero bytes for none.
+    """
+
+    key: bytes
+    parent: bytes
+    token_ids: Sequence[int]
+    index: int
+    payload: Buffer
+    tail: bool = False
+
+
+class Tenant:
+    """Blocks and sessions of one tenant; made by ``KVStore.tenant``. Thread-safe.
+
+    No other tenant's key opens, matches or predicts anything in here.
+    """
+
+    def __init__(self, state: State, name: str, folder: Path | None, keys: TenantKeys) -> None:
+        self.name = name
+        self.id = keys.tenant_id
+        self._state = state
+        self._keys = keys
+        self._folder = folder
+        self._deleted = False
+        self._pinned: set[bytes] | None = None
+        self._seen: tuple[int, int] | None = None  # the segment folder when it was last scanned
+        self._key_stat = (0, 0)
+        path = None if folder is None else folder / "sessions.db"
+        self._sessions = SessionTable(path, keys, writable=state.writable, durable=state.durable)
+
+    # For the store
+
+    def load(self) -> None:
+        """Scan the segments."""
+        state = self._state
+        if state.disk is None or self._folder is None:
+            return
+        with state.lock:
+            self._key_stat = _identify(self._folder / "key")
+            state.disk.load(self._folder / "segments", self._keys)
+            for record in state.disk.records.values():
+                if record.block.tenant == self.id:
+                    state.note_expiry(record.block)
+
+    def parts(self) -> tuple[Path, TenantKeys, SessionTable] | None:
+        """What ``verify`` walks."""
+        return None if self._folder is None else (self._folder, self._keys, self._sessions)
+
+    def is_current(self) -> bool:
+        """False once the folder's secret is another one: the tenant was deleted and made anew."""
+        return self._folder is None or self._key_stat == _identify(self._folder / "key")
+
+    def mark_deleted(self) -> None:
+        self._deleted = True
+        self._sessions.close()
+
+    def after_fork(self) -> None:
+        self._sessions.after_fork()
+
+    def close(self) -> None:
+        self._sessions.close()
+
+    # Keys
+
+    def block_keys(self, token_ids: Sequence[int], identity: KVIdentity) -> list[bytes]:
+        """Keys of the full blocks of these tokens, which begin at the very first token."""
+        return hash_blocks(
+            token_ids, identity.block_tokens, self._keys.block_secret, ZERO_KEY, identity.digest
+        )
+
+    def tail_key(self, token_ids: Sequence[int], parent: bytes, identity: KVIdentity) -> bytes:
+        """Key of 1 to P - 1 trailing tokens, stored exact, after the full block ``parent``."""
+        if not 1 <= len(token_ids) < identity.block_tokens:
+            raise ArgumentError(
+                f"token_ids: 1 to {identity.block_tokens - 1} tokens wanted for a tail, "
+                f"got {len(token_ids)}"
+            )
+        secret = self._keys.tail_secret
+        return hash_blocks(token_ids, len(token_ids), secret, parent, identity.digest)[0]
+
+    # Blocks
+
+    def put(
+        self, entries: Iterable[Entry], identity: KVIdentity, *, ttl_s: float | None = None
+    ) -> int:
+        """Store blocks; on return they survive a crash.
+
+        A block that is stored already, for at least as long, is touched and not rewritten. When
+        not all new ones fit, the leading ones that do are stored; put parents before children.
+
+        Returns:
+            How many were newly stored.
+
+        Raises:
+            ArgumentError: an entry's key is not that of its tokens, or a size is out of contract.
+            QuotaError: not one new block fits; nothing was evicted for it.
+            StoreError: the folder is full or read-only; nothing stored before is lost.
+        """
+        state = self._state
+        with self._writing("store blocks"):
+            now = state.now_ms()
+            expires = 0 if ttl_s is None else now + max(1, int(ttl_s * 1000))
+            items = [
+                check_entry(f"entries[{i}]", entry, identity, self._keys, now, expires)
+                for i, entry in enumerate(entries)
+            ]
+            state.sweep(now)
+            folder = None if self._folder is None else self._folder / "segments"
+            return write_blocks(state, folder, items, identity, self._keys)
+
+    def get(
+        self,
+        keys: Sequence[bytes],
+        identity: KVIdentity,
+        token_ids: Sequence[int] | None = None,
+    ) -> list[memoryview]:
+        """Payloads of the longest prefix of ``keys`` whose blocks pass every check.
+
+        Bad data never raises: it ends the prefix and is counted in ``stats()``. The views are
+        read-only and stay valid for as long as they are held.
+
+        Args:
+            keys:      consecutive blocks, a tail last.
+            identity:  what the caller's model is; a block of another one is a miss.
+            token_ids: the tokens behind ``keys``, from the first key's first token on; may be
+                longer. Given, the tokens each block was stored for are compared with them.
+        """
+        state = self._state
+        state.check_open()
+        while True:
+            question = Question(keys, identity, token_ids, self._keys, state.now_ms())
+            payloads, reason = read_blocks(state, question)
+            if reason not in ("absent", "gone", "header", "key") or not self.refresh():
+                return payloads
+
+    def contains(self, keys: Sequence[bytes]) -> int:
+        """How many leading keys are known and not expired. Looks at the index only."""
+        state = self._state
+        state.check_open()
+        while True:
+            now, count = state.now_ms(), 0
+            with state.lock:
+                for key in keys:
+                    block = state.find(key)
+                    if block is None or block.tenant != self.id or block.has_expired(now):
+                        break
+                    count += 1
+            if count == len(keys) or not self.refresh():
+                return count
+
+    def delete(self, keys: Iterable[bytes]) -> int:
+        """Remove blocks, pinned or not, and their bytes from disk; returns how many there were."""
+        with self._writing("delete blocks"):
+            return self._destroy(keys)
+
+    def refresh(self) -> bool:
+        """Look for segments that another process wrote or removed; True when any were found."""
+        state = self._state
+        if state.disk is None or self._folder is None or state.writable:
+            return False
+        folder = self._folder / "segments"
+        now = time.time_ns()
+        seen = _identify(folder)
+        with state.lock:
+            if seen == self._seen:
+                return False
+            before = len(state.disk.segments)
+            found = state.disk.load(folder, self._keys)
+            # A change within the clock's tick of this one would carry the same time.
+            self._seen = seen if now - seen[1] > _TICK_NS else None
+            return bool(found) or len(state.disk.segments) != before
+
+    def _destroy(self, keys: Iterable[bytes]) -> int:
+        state = self._state
+        with state.lock:
+            mine = []
+            for key in keys:
+                block = state.find(key)
+                if block is not None and block.tenant == self.id:
+                    mine.append(key)
+            count = state.destroy(mine, wipe=True)
+            if state.disk is not None and self._folder is not None:
+                # A damaged frame may be one of those: its key is not known any more.
+                state.disk.reclaim(self._folder / "segments", wipe=True)
+        return count
+
+    # Sessions
+
+    def save_session(self, session: Session) -> Session:
+        """Insert or replace a session, durable on return.
+
+        ``updated_at`` becomes now, and ``created_at`` where it is 0; returned is what was stored.
+        """
+        with self._writing("save a session"):
+            now = self._state.clock()
+            created = session.created_at or now
+            stored = dataclasses.replace(session, created_at=created, updated_at=now)
+            self._sessions.save(stored)
+            self._pinned = None
+            return stored
+
+    def session(self, id: str) -> Session | None:
+        """The session of this id; None when there is none, it expired or its row is damaged."""
+        self._state.check_open()
+        found = self._sessions.load(id)
+        return found if found is not None and self._is_current(found) else None
+
+    def sessions(self, **metadata: Any) -> list[Session]:
+        """Sessions whose metadata has all these items, newest first."""
+        self._state.check_open()
+        return [s for s in self._sessions.list(metadata) if self._is_current(s)]
+
+    def delete_session(self, id: str) -> int:
+        """Remove a session and the blocks that no other session uses; returns how many blocks.
+
+        Blocks that follow a removed block go too: nothing could reach them. Raises NotFoundError.
+        """
+        with self._writing("delete a session"):
+            keys = self._sessions.keys_of(id)
+            if keys is None:
+                raise NotFoundError(f"session {id!r}: not there")
+            return self._delete_session(id, keys)
+
+    def pin(self, session_id: str, pinned: bool = True) -> None:
+        """While a session is pinned its blocks are never evicted. Raises NotFoundError."""
+        with self._writing("pin a session"):
+            session = self._sessions.load(session_id)
+            if session is None:
+                raise NotFoundError(f"session {session_id!r}: not there")
+            self._sessions.save(dataclasses.replace(session, pinned=pinned))
+            self._pinned = None
+
+    def sweep_sessions(self) -> int:
+        """Delete the sessions that expired, with their blocks; returns how many."""
+        with self._writing("delete expired sessions"):
+            over = self._sessions.expired(self._state.clock())
+            for id in over:
+                self._delete_session(id, self._sessions.keys_of(id) or [])
+            return len(over)
+
+    def pinned_keys(self) -> set[bytes]:
+        """Keys of the blocks of pinned sessions."""
+        if self._pinned is None:
+            self._pinned = self._sessions.pinned_keys()
+        return self._pinned
+
+    def _delete_session(self, id: str, keys: list[bytes]) -> int:
+        # Blocks first: were the row gone first, a crash would leave blocks that no one deletes.
+        doomed = set(keys) - self._sessions.used_elsewhere(id, keys)
+        doomed |= self._followers(doomed)
+        count = self._destroy(doomed)
+        self._sessions.remove(id)
+        self._pinned = None
+        return count
+
+    def _followers(self, keys: set[bytes]) -> set[bytes]:
+        """Keys of all blocks that follow one of these and that no session uses."""
+        state = self._state
+        children: dict[bytes, list[bytes]] = {}
+        with state.lock:
+            for block in state.blocks():
+                if block.tenant == self.id:
+                    children.setdefault(block.parent, []).append(block.key)
+        found: set[bytes] = set()
+        front = list(keys)
+        while front:
+            for child in children.get(front.pop(), ()):
+                if child not in found and child not in keys:
+                    found.add(child)
+                    front.append(child)
+        return found - self._sessions.used(sorted(found))
+
+    def _is_current(self, session: Session) -> bool:
+        return session.expires_at is None or session.expires_at > self._state.clock()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        with self._state.write_lock:
+            self._state.check_writable()
+            if self._deleted:
+                raise NotFoundError(f"tenant {self.name!r}: deleted; ask the store for a new one")
+            with _files.explained(what, self._folder or Path("memory")):
+                yield
+
+
+def _identify(path: Path) -> tuple[int, int]:
+    """Changes when the file or folder changes or is another one."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_ino, stat.st_mtime_ns
