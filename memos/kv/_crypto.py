@@ -96,16 +96,21 @@ class TenantKeys:
         assert self._cipher is not None
         return bytes(self._cipher.encrypt(nonce, data, bytes(header)))
 
-    def decrypt(self, nonce: bytes, data: Buffer, header: Buffer) -> bytes | None:
-        """The plaintext, or None when the tag does not fit."""
+    def decrypt(
+        self, nonce: bytes, data: Buffer, header: Buffer, into: memoryview | None = None
+    ) -> Buffer | None:
+        """The plaintext, in ``into`` where that is given; None when the tag does not fit."""
         from cryptography.exceptions import InvalidTag
 
         assert self._cipher is not None
         try:
-            plain: bytes = self._cipher.decrypt(nonce, data, bytes(header))
+            if into is None or not hasattr(self._cipher, "decrypt_into"):
+                plain: bytes = self._cipher.decrypt(nonce, data, bytes(header))
+                return plain
+            self._cipher.decrypt_into(nonce, data, bytes(header), into)
+            return into
         except InvalidTag:
             return None
-        return plain
 
     def row_id(self, name: str) -> bytes:
         """The name of a session as its table knows it."""
@@ -123,7 +128,8 @@ class TenantKeys:
         if self.encrypted:
             if len(sealed) < NONCE_BYTES + TAG_BYTES:
                 return None
-            return self.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
+            plain = self.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], context)
+            return None if plain is None else bytes(plain)
         mac, data = sealed[:KEY_BYTES], sealed[KEY_BYTES:]
         return data if hmac.compare_digest(mac, self._mac(data, context)) else None
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from memos.kv._arena import ARENA_BYTES, Arena, slots
 from memos.kv._crypto import TenantKeys
 from memos.kv._state import State
-from memos.kv.frame import Block, block_of, open_payload, parse
+from memos.kv.frame import HEADER_BYTES, Block, block_of, open_payload, parse
 from memos.kv.identity import KVIdentity
-from memos.kv.segment import Record, read_frame
+from memos.kv.segment import Record, read_at
 from memos.kv.tiers import HostBlock
 
 # With these the frame itself is authentic and only the question was another one.
@@ -34,6 +36,7 @@ class Question:
         self.token_ids = token_ids
         self.tenant = tenant
         self.now_ms = now_ms
+        self._digests: dict[tuple[int, int], bytes | None] = {}
 
     def refuse(self, i: int, block: Block) -> str | None:
         """Why this block does not answer key ``i``; None when it does."""
@@ -53,14 +56,19 @@ class Question:
             fits = fits and block.payload_bytes == identity.payload_bytes(block.index)
         if not fits:
             return "size"
-        if self.token_ids is not None:
-            start = i * identity.block_tokens
-            tokens = self.token_ids[start : start + block.tokens]
-            if len(tokens) != block.tokens:
-                return "tokens"
-            if self.tenant.token_digest(tokens) != block.token_digest:
-                return "tokens"
+        if self.token_ids is not None and self._digest(i, block.tokens) != block.token_digest:
+            return "tokens"
         return None
+
+    def _digest(self, i: int, num_tokens: int) -> bytes | None:
+        """Digest of the caller's tokens for key ``i``; None when there are too few."""
+        assert self.token_ids is not None
+        if (i, num_tokens) not in self._digests:
+            start = i * self.identity.block_tokens
+            tokens = self.token_ids[start : start + num_tokens]
+            fits = len(tokens) == num_tokens
+            self._digests[i, num_tokens] = self.tenant.token_digest(tokens) if fits else None
+        return self._digests[i, num_tokens]
 
 
 @dataclass(slots=True)
@@ -70,6 +78,8 @@ class _Job:
     i: int
     record: Record | None
     held: HostBlock | None
+    fd: int = -1
+    slot: tuple[Arena, memoryview] | None = None
 
 
 def read_blocks(state: State, question: Question) -> tuple[list[memoryview], str | None]:
@@ -121,54 +131,72 @@ def _find(state: State, question: Question) -> tuple[list[_Job], str | None]:
 def _read(state: State, question: Question, jobs: list[_Job]) -> list[HostBlock | str]:
     """Read and verify; one answer per job, in order."""
     files: dict[Path, int] = {}
-    num_bytes = 0
-
-    def answer(job: _Job) -> HostBlock | str:
-        if job.record is None or (job.held is not None and state.writable):
-            assert job.held is not None
-            return job.held  # verified when it came to memory, and no one else can remove it
-        fd = files[job.record.segment.path]
-        if fd < 0:
-            return "gone"
-        return _verified(fd, question, job.i, job.record, job.held)
-
+    # Only the writer removes frames: what it holds in memory still stands.
+    trusted = state.writable
+    to_read = [job for job in jobs if job.record and not (job.held and trusted)]
+    fresh = [job for job in to_read if not job.held]
     try:
-        for job in jobs:
-            if job.record is None or (job.held is not None and state.writable):
-                continue
+        for job in to_read:
+            assert job.record is not None
             path = job.record.segment.path
             if path not in files:
                 try:
                     files[path] = os.open(path, os.O_RDONLY)
                 except OSError:
                     files[path] = -1
-            num_bytes += 0 if job.held is not None else job.record.stored_bytes
-        return state.map(answer, jobs, num_bytes)
+            job.fd = files[path]
+        sizes = [HEADER_BYTES + job.record.stored_bytes for job in fresh if job.record]
+        limit = min(ARENA_BYTES, state.host.quota_bytes // 4)
+        for job, slot in zip(fresh, slots(sizes, limit), strict=True):
+            job.slot = slot
+        scratch = threading.local()
+        return state.map(lambda job: _answer(question, job, trusted, scratch), jobs, sum(sizes))
     finally:
         for fd in files.values():
             if fd >= 0:
                 os.close(fd)
 
 
-def _verified(
-    fd: int, question: Question, i: int, record: Record, held: HostBlock | None
+def _answer(
+    question: Question, job: _Job, trusted: bool, scratch: threading.local
 ) -> HostBlock | str:
-    """Read a frame and check all of it; of one that is in memory, only whether it still stands."""
-    data = read_frame(fd, record, header_only=held is not None)
-    if data is None:
+    """Check a frame whole; of one whose payload is in memory, only whether it still stands."""
+    record, held = job.record, job.held
+    if record is None or (held is not None and trusted):
+        assert held is not None
+        return held
+    if job.fd < 0:
+        return "gone"
+    data = bytearray(HEADER_BYTES) if job.slot is None else job.slot[1]
+    encrypted = question.tenant.encrypted and held is None
+    if encrypted:  # the slot is for the plaintext
+        data = _scratch(scratch, len(data))
+    size = read_at(job.fd, data, record.offset)
+    if size is None:
         return "io"
+    data = memoryview(data)[:size]
     header = parse(data, question.tenant)
     if isinstance(header, str):
         return header
     block = block_of(header)
-    reason = question.refuse(i, block)
+    reason = question.refuse(job.i, block)
     if reason is not None:
         return reason
     if header.stored_bytes != record.stored_bytes:
         return "size"
-    if held is not None and block == held.block:
-        return held
-    payload = open_payload(header, data, question.tenant)
+    if job.slot is None:
+        assert held is not None
+        return held if block == held.block else "gone"
+    arena, into = job.slot
+    payload = open_payload(header, data, question.tenant, into if encrypted else None)
     if isinstance(payload, str):
         return payload
-    return HostBlock(block, payload, max(len(payload), len(data)))
+    return HostBlock(block, payload, arena)
+
+
+def _scratch(local: threading.local, num_bytes: int) -> memoryview:
+    """Memory of this thread that is written over again and again."""
+    have: memoryview | None = getattr(local, "data", None)
+    if have is None or len(have) < num_bytes:
+        have = local.data = memoryview(bytearray(num_bytes))
+    return have[:num_bytes]

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from memos.errors import ArgumentError, QuotaError
 from memos.kernels.hashing import hash_blocks
+from memos.kv._arena import Arena
 from memos.kv._crypto import KEY_BYTES, Buffer, TenantKeys
 from memos.kv._state import State
 from memos.kv.frame import ZERO_KEY, Block, frame_bytes, seal
@@ -126,7 +127,7 @@ def write_blocks(
         if state.disk is None or folder is None:
             for item in batch:
                 payload = memoryview(bytes(item.payload))
-                state.host.put(HostBlock(item.block, payload, len(payload)), locked)
+                state.host.put(HostBlock(item.block, payload, Arena(payload)), locked)
     if state.disk is not None and folder is not None:
         _write_segments(state, folder, batch, identity, keys)
     with state.lock:
@@ -216,7 +217,7 @@ def _write_segments(
                 for written, kept, offset, size, stored in done:
                     disk.add(Record(written.block, segment, offset, size, stored))
                     if kept is not None:
-                        state.host.put(HostBlock(written.block, kept, len(kept)))
+                        state.host.put(HostBlock(written.block, kept, Arena(kept)))
     finally:
         with state.lock:
             disk.used_bytes -= reserved

@@ -202,18 +202,22 @@ def parse(data: Buffer, keys: TenantKeys) -> Header | str:
     return header
 
 
-def open_payload(header: Header, data: Buffer, keys: TenantKeys) -> memoryview | str:
-    """The verified payload of a frame, or the reason why there is none.
+def open_payload(
+    header: Header, data: Buffer, keys: TenantKeys, into: memoryview | None = None
+) -> memoryview | str:
+    """The verified payload of a frame, or the reason why there is none. Read-only.
 
-    ``data`` is the frame from its first byte on; without encryption the result is a view of it.
+    ``data`` is the frame from its first byte on. Without encryption the result is a view of it;
+    with it, the plaintext is written to the beginning of ``into`` where that is given.
     """
     stop = HEADER_BYTES + header.stored_bytes
     if len(data) < stop:
         return "truncated"
     body = memoryview(data)[HEADER_BYTES:stop]
     if keys.encrypted:
-        plain = keys.decrypt(header.nonce, body, memoryview(data)[:MAC_AT])
-        return "payload" if plain is None else memoryview(plain)
+        out = None if into is None else into[: header.payload_bytes]
+        plain = keys.decrypt(header.nonce, body, memoryview(data)[:MAC_AT], out)
+        return "payload" if plain is None else memoryview(plain).toreadonly()
     if not hmac.compare_digest(keys.payload_mac(body), header.payload_mac):
         return "payload"
     return body.toreadonly()

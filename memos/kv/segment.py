@@ -102,19 +102,18 @@ class SegmentWriter:
         self._temp.unlink(missing_ok=True)
 
 
-def read_frame(fd: int, record: Record, *, header_only: bool = False) -> bytes | None:
-    """A frame up to the end of its payload, less where the file ends; None: it cannot be read."""
-    want = HEADER_BYTES + (0 if header_only else record.stored_bytes)
+def read_at(fd: int, data: bytearray | memoryview, offset: int) -> int | None:
+    """Fill ``data``; returns how much the file had, None where the system could not read it."""
+    done, view = 0, memoryview(data)
     try:
-        data = os.pread(fd, want, record.offset)
-        while len(data) < want:  # rare: a signal, or more than one call can carry
-            more = os.pread(fd, want - len(data), record.offset + len(data))
-            if not more:
+        while done < len(view):
+            num_bytes = os.preadv(fd, [view[done:]], offset + done)
+            if not num_bytes:
                 break
-            data += more
+            done += num_bytes
     except OSError:
         return None
-    return data
+    return done
 
 
 def scan(fd: int, size: int, keys: TenantKeys) -> Iterator[tuple[int, int, Header | str]]:

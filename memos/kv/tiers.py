@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memos.kv import _files
+from memos.kv._arena import Arena
 from memos.kv._crypto import TenantKeys
 from memos.kv.frame import ALIGN, Block, Header, block_of
 from memos.kv.policy import Policy
@@ -24,7 +25,7 @@ class HostBlock:
 
     block: Block
     payload: memoryview
-    held_bytes: int  # of the buffer behind the payload
+    arena: Arena  # the memory behind the payload
 
 
 class HostTier:
@@ -41,16 +42,18 @@ class HostTier:
         """Take a block, evicting others that are not ``locked``. False: there is no room."""
         key = item.block.key
         self.remove(key)
-        if not self.make_room(item.held_bytes, locked):
-            return False
+        if not item.arena.holders:
+            if not self.make_room(item.arena.num_bytes, locked):
+                return False
+            self.used_bytes += item.arena.num_bytes
+        item.arena.holders += 1
         self.blocks[key] = item
-        self.used_bytes += item.held_bytes
         self.policy.admit(key, item.block.parent)
         return True
 
     def locked_bytes(self, locked: Collection[bytes]) -> int:
         """Bytes that eviction cannot free while these keys stay."""
-        return sum(self.blocks[key].held_bytes for key in locked if key in self.blocks)
+        return sum(self.blocks[key].arena.num_bytes for key in locked if key in self.blocks)
 
     def make_room(self, num_bytes: int, locked: Collection[bytes] = ()) -> bool:
         """Evict until ``num_bytes`` fit; False when they cannot."""
@@ -71,7 +74,9 @@ class HostTier:
         item = self.blocks.pop(key, None)
         if item is None:
             return False
-        self.used_bytes -= item.held_bytes
+        item.arena.holders -= 1
+        if not item.arena.holders:
+            self.used_bytes -= item.arena.num_bytes
         self.policy.remove(key)
         return True
 
