@@ -14,6 +14,8 @@
 #define MEMOS_HD inline __attribute__((always_inline))
 #endif
 
+#define MEMOS_INLINE __attribute__((always_inline))  // for lambdas
+
 namespace memos::codec {
 namespace {  // internal linkage: one object per instruction set, no weak symbols
 

@@ -4,7 +4,6 @@
 // 2W consecutive channels are handled as a Pair: the even ones and the odd ones. For bf16 that is
 // one load, a shift and a mask; two 4-bit codes of a byte, and the first rotation step, fall on the
 // two halves of a Pair.
-#include <cmath>
 #include <limits>
 
 #include "codec/layout.h"
@@ -16,9 +15,42 @@ namespace {
 
 using namespace memos::codec;
 
-constexpr i64 kScratch = 3;       // a "dtype": floats in Pair order, in a scratch tile
-constexpr i64 kTokensAtOnce = 64;  // of a V section: bounds the tables on the stack
+// Two more "dtypes": floats in Pair order in a scratch tile, and bf16 stored past the caches.
+constexpr i64 kScratch = 3;
+constexpr i64 kBf16Streamed = 4;
+constexpr i64 kTokensAtOnce = 16;  // of a V section: bounds the tables on the stack
+constexpr i64 kTileTokens = 64;    // of a rotated K section: the largest group
 constexpr i64 kMaxGroups = kMaxHeadDim / 32;
+// Beyond this many bytes the caches do not hold what is written: storing past them saves reading it.
+constexpr i64 kStreamFrom = 8 << 20;
+
+// Rows of numbers to encode, token_bytes apart. `next` lie the rows that follow: one of them is
+// fetched for each one read, so that memory and arithmetic overlap (short rows with gaps between
+// them are not foreseen by the processor).
+struct Rows {
+  const char* at;
+  i64 token_bytes;
+  const char* next;
+
+  MEMOS_HD const char* row(i64 t) const { return at + t * token_bytes; }
+  MEMOS_HD void fetch(i64 t, i64 offset, i64 bytes) const {
+    for (i64 i = 0; i < bytes; i += 64)
+      __builtin_prefetch(next + t * token_bytes + offset + i, 0, 3);
+  }
+};
+
+// Where the codes of a tile, their scales and zeros go.
+struct Target {
+  char* codes;
+  i64 row_bytes;  // of the codes of one token
+  char *scales, *zeros;
+  bool stream;  // store the codes past the caches
+
+  MEMOS_HD char* row(i64 t) const { return codes + t * row_bytes; }
+};
+
+template <i64 kDtype>
+constexpr i64 kItem = kDtype == 1 || kDtype == 2 ? 2 : 4;
 
 template <int W>
 struct Pair {
@@ -45,8 +77,9 @@ MEMOS_HD Pair<W> load_pair(const char* row, i64 channel) {
 template <int W, i64 kDtype>
 MEMOS_HD void store_pair(char* row, i64 channel, Pair<W> x) {
   using U = typename Vec<W>::U;
-  if constexpr (kDtype == kBf16) {
-    store_as(row + 2 * channel, U((bf16_rounded(x.even) >> 16) | (bf16_rounded(x.odd) & 0xffff0000u)));
+  if constexpr (kDtype == kBf16 || kDtype == kBf16Streamed) {
+    store_line<kDtype == kBf16Streamed>(
+        row + 2 * channel, U((bf16_rounded(x.even) >> 16) | (bf16_rounded(x.odd) & 0xffff0000u)));
   } else if constexpr (kDtype == kF16) {
     store_as(row + 2 * channel, U(fp16_nearest(x.even) | (fp16_nearest(x.odd) << 16)));
   } else if constexpr (kDtype == kScratch) {
@@ -65,12 +98,13 @@ constexpr float levels_of() {
 
 // Codes of 2W channels, in the low bits of the lanes, to bytes.
 template <int W, i64 kKind>
-MEMOS_HD void store_codes(char* row, i64 channel, typename Vec<W>::U even, typename Vec<W>::U odd) {
+MEMOS_HD void store_codes(char* row, i64 channel, typename Vec<W>::U even,
+                          typename Vec<W>::U odd, bool stream) {
   using V = Vec<W>;
   if constexpr (kKind == kInt8 || kKind == kFp8) {
-    store_as(row + channel, __builtin_convertvector(even | (odd << 8), typename V::U16));
+    store_halves<W>(row + channel, even | (odd << 8), stream);
   } else if constexpr (kKind == kInt4) {
-    store_as(row + channel / 2, __builtin_convertvector(even | (odd << 4), typename V::U8));
+    store_bytes<W>(row + channel / 2, even | (odd << 4), stream);
   } else {
     // Two lanes make a byte: 32-bit lanes (a, b) with 4 bits each -> a | b << 4.
     using U64 = typename V::U64;
@@ -85,11 +119,11 @@ MEMOS_HD void load_codes(const char* row, i64 channel, typename Vec<W>::U& even,
   using V = Vec<W>;
   using U = typename V::U;
   if constexpr (kKind == kInt8 || kKind == kFp8) {
-    const U u = __builtin_convertvector(load_as<typename V::U16>(row + channel), U);
+    const U u = load_halves<W>(row + channel);
     even = u & 0xffu;
     odd = u >> 8;
   } else if constexpr (kKind == kInt4) {
-    const U u = __builtin_convertvector(load_as<typename V::U8>(row + channel / 2), U);
+    const U u = load_bytes<W>(row + channel / 2);
     even = u & 15u;
     odd = u >> 4;
   } else {
@@ -124,112 +158,206 @@ MEMOS_HD Group<F> group_of(F lo, F hi) {
   }
 }
 
-// Numbers that do not fit: NaN, infinity or beyond fp16.
-template <class F, class U = typename Lanes<F>::U>
-MEMOS_HD U unfit(F x) {
-  return abs_of(x) <= F{} + kFp16Max ? U{} : ~U{};
-}
+// Gathers what tells that some number did not fit (NaN, infinity or beyond fp16): the codes are
+// then not to be used, and the caller comes again with numbers made to fit.
+template <int W, i64 kSource>
+struct Misfits {
+  typename Vec<W>::U bits{};
 
-template <i64 kKind, class U>
-MEMOS_HD U invalid_bits(U even, U odd) {
-  if constexpr (kKind == kFp8) return U{};
-  const U mask = U{} + ~static_cast<std::uint32_t>(levels_of<kKind>());
-  return ((even ^ kMagicBits) | (odd ^ kMagicBits)) & mask;
-}
+  MEMOS_HD void add_numbers(const char* row, i64 channel, Pair<W> x) {
+    using F = typename Vec<W>::F;
+    using U = typename Vec<W>::U;
+    if constexpr (kSource == kBf16) {
+      // Both halves at once: |x| >= 2^16 carries into the sign bit.
+      bits |= (load_as<U>(row + 2 * channel) & 0x7fff7fffu) + 0x38803880u;
+    } else {
+      const F top = F{} + kFp16Max;
+      bits |= (abs_of(x.even) <= top ? U{} : ~U{}) | (abs_of(x.odd) <= top ? U{} : ~U{});
+    }
+  }
+  MEMOS_HD bool numbers() const { return any_lane(bits & 0x80008000u); }
 
-// K: a scale per channel over T tokens. Returns whether a number did not fit: the codes are then
-// not to be used, and the caller comes again with numbers made to fit.
-template <int W, i64 kSource, i64 kKind>
-bool encode_channels(const char* src, i64 token_bytes, i64 T, i64 D, char* codes, i64 row_bytes,
-                     char* scales, char* zeros) {
+  // Integer codes: a valid one has no bit beside those of kMagic and of the code. A number too low
+  // whose bits happen to be among those has code 0, as it should.
+  MEMOS_HD void add_codes(typename Vec<W>::U even, typename Vec<W>::U odd) { bits |= even | odd; }
+  template <i64 kKind>
+  MEMOS_HD bool codes() const {
+    return any_lane(bits & ~(kMagicBits | static_cast<std::uint32_t>(levels_of<kKind>())));
+  }
+};
+
+template <int W>
+constexpr int kSlab = W == 16 ? 4 : 2;  // Pairs side by side whose extremes stay in registers
+
+// K: a scale per channel over T tokens, for kPairs * 2W channels from c on.
+template <int W, i64 kSource, i64 kKind, int kPairs>
+MEMOS_HD bool encode_slab(const Rows& rows, i64 T, i64 c, const Target& to) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
   const F inf = F{} + std::numeric_limits<float>::infinity();
-  U bad{};
-  for (i64 c = 0; c < D; c += 2 * W) {
-    Pair<W> lo{inf, inf}, hi{-inf, -inf};
-    if constexpr (kKind == kFp8) hi = {F{}, F{}};
-    for (i64 t = 0; t < T; ++t) {
-      const Pair<W> x = load_pair<W, kSource>(src + t * token_bytes, c);
+  Misfits<W, kSource> misfits;
+  Pair<W> lo[kPairs], hi[kPairs];
+  for (int i = 0; i < kPairs; ++i) {
+    lo[i] = {inf, inf};
+    hi[i] = {-inf, -inf};
+    if constexpr (kKind == kFp8) hi[i] = {F{}, F{}};
+  }
+  for (i64 t = 0; t < T; ++t) {
+    const char* row = rows.row(t);
+    for (int i = 0; i < kPairs; ++i) {
+      const Pair<W> x = load_pair<W, kSource>(row, c + i * 2 * W);
       if constexpr (kKind == kFp8) {
-        hi = {max_of(abs_of(x.even), hi.even), max_of(abs_of(x.odd), hi.odd)};
-        bad |= unfit(x.even) | unfit(x.odd);
+        hi[i] = {max_of(abs_of(x.even), hi[i].even), max_of(abs_of(x.odd), hi[i].odd)};
+        misfits.add_numbers(row, c + i * 2 * W, x);
       } else {
-        lo = {min_of(x.even, lo.even), min_of(x.odd, lo.odd)};
-        hi = {max_of(x.even, hi.even), max_of(x.odd, hi.odd)};
+        lo[i] = {min_of(x.even, lo[i].even), min_of(x.odd, lo[i].odd)};
+        hi[i] = {max_of(x.even, hi[i].even), max_of(x.odd, hi[i].odd)};
       }
     }
-    const Group<F> even = group_of<kKind>(lo.even, hi.even);
-    const Group<F> odd = group_of<kKind>(lo.odd, hi.odd);
-    store_as(scales + 2 * c, U(even.scale | (odd.scale << 16)));
-    if constexpr (kKind != kFp8) store_as(zeros + 2 * c, U(even.zero | (odd.zero << 16)));
-    for (i64 t = 0; t < T; ++t) {
-      const Pair<W> x = load_pair<W, kSource>(src + t * token_bytes, c);
-      const U e = code_of<kKind>(x.even, even.zero_value, even.inverse);
-      const U o = code_of<kKind>(x.odd, odd.zero_value, odd.inverse);
-      bad |= invalid_bits<kKind>(e, o);
-      store_codes<W, kKind>(codes + t * row_bytes, c, e, o);
+  }
+  if constexpr (kKind == kFp8)
+    if (misfits.numbers()) return true;
+  for (int i = 0; i < kPairs; ++i) {  // from here on: lo = the zeros, hi = the inverse scales
+    const i64 at = 2 * (c + i * 2 * W);
+    const Group<F> even = group_of<kKind>(lo[i].even, hi[i].even);
+    const Group<F> odd = group_of<kKind>(lo[i].odd, hi[i].odd);
+    store_as(to.scales + at, U(even.scale | (odd.scale << 16)));
+    if constexpr (kKind != kFp8) store_as(to.zeros + at, U(even.zero | (odd.zero << 16)));
+    lo[i] = {even.zero_value, odd.zero_value};
+    hi[i] = {even.inverse, odd.inverse};
+  }
+  for (i64 t = 0; t < T; ++t) {
+    if constexpr (kSource != kScratch)
+      rows.fetch(t, c * kItem<kSource>, kPairs * 2 * W * kItem<kSource>);
+    for (int i = 0; i < kPairs; ++i) {
+      const i64 at = c + i * 2 * W;
+      const Pair<W> x = load_pair<W, kSource>(rows.row(t), at);
+      const U e = code_of<kKind>(x.even, lo[i].even, hi[i].even);
+      const U o = code_of<kKind>(x.odd, lo[i].odd, hi[i].odd);
+      if constexpr (kKind != kFp8) misfits.add_codes(e, o);
+      store_codes<W, kKind>(to.row(t), at, e, o, to.stream);
     }
   }
-  return any_lane(bad);
+  if constexpr (kKind == kFp8) return false;
+  return misfits.template codes<kKind>();
+}
+
+// Whole slabs first, then Pairs one by one: do(c, number of Pairs as a type).
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+template <int W, class Do>
+MEMOS_HD bool over_slabs(i64 D, Do&& work) {
+  bool any = false;
+  i64 c = 0;
+  for (; c + kSlab<W> * 2 * W <= D; c += kSlab<W> * 2 * W) any |= work(c, Count<kSlab<W>>{});
+  if constexpr (kSlab<W> == 4)
+    for (; c + 4 * W <= D; c += 4 * W) any |= work(c, Count<2>{});
+  for (; c < D; c += 2 * W) any |= work(c, Count<1>{});
+  return any;
+}
+
+template <int W, i64 kSource, i64 kKind>
+bool encode_channels(const Rows& rows, i64 T, i64 D, const Target& to) {
+  return over_slabs<W>(D, [&](i64 c, auto pairs) MEMOS_INLINE {
+    return encode_slab<W, kSource, kKind, decltype(pairs)::value>(rows, T, c, to);
+  });
+}
+
+// The groups of a V row: kPairs > 0 where each has that many Pairs, known when compiling, so that
+// the loops over a group unroll; 0 where the last one may be short.
+template <int W, int kPairs>
+struct Groups {
+  i64 D, G;
+
+  MEMOS_HD i64 count() const { return num_groups(D, G); }
+  template <class Do>
+  MEMOS_HD void over(i64 g, Do&& work) const {
+    if constexpr (kPairs > 0) {
+      for (int i = 0; i < kPairs; ++i) work(g * kPairs * 2 * W + i * 2 * W);
+    } else {
+      const i64 end = (g + 1) * G < D ? (g + 1) * G : D;
+      for (i64 c = g * G; c < end; c += 2 * W) work(c);
+    }
+  }
+};
+template <int W, class Do>
+MEMOS_HD bool with_groups(i64 D, i64 G, Do&& work) {
+  if (D % G == 0 && G == 64) return work(Groups<W, 32 / W>{D, G});
+  if (D % G == 0 && G == 32) return work(Groups<W, 16 / W>{D, G});
+  return work(Groups<W, 0>{D, G});
 }
 
 // V: a scale per token and group of channels, T <= kTokensAtOnce tokens.
-template <int W, i64 kSource, i64 kKind>
-bool encode_tokens(const char* src, i64 token_bytes, i64 T, i64 D, i64 G, char* codes,
-                   i64 row_bytes, char* scales, char* zeros) {
+template <int W, i64 kSource, i64 kKind, class Grouping>
+MEMOS_HD bool encode_tokens(const Rows& rows, i64 T, const Grouping& grouping, const Target& to) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
   using U16 = typename Vec<W>::U16;
   const F inf = F{} + std::numeric_limits<float>::infinity();
-  const i64 groups = num_groups(D, G), count = T * groups;
-  float lows[kTokensAtOnce * kMaxGroups + 16], highs[kTokensAtOnce * kMaxGroups + 16];
-  U bad{};
+  const i64 groups = grouping.count(), count = T * groups;
+  // One row of W partial extremes per group, then one number per group.
+  alignas(64) float lows[(kTokensAtOnce * kMaxGroups + W) * W];
+  alignas(64) float highs[(kTokensAtOnce * kMaxGroups + W) * W];
+  Misfits<W, kSource> misfits;
+  float *low_at = lows, *high_at = highs;
   for (i64 t = 0; t < T; ++t) {
-    const char* row = src + t * token_bytes;
-    for (i64 g = 0; g < groups; ++g) {
-      const i64 end = (g + 1) * G < D ? (g + 1) * G : D;
+    const char* row = rows.row(t);
+    for (i64 g = 0; g < groups; ++g, low_at += W, high_at += W) {
       F lo = inf, hi = kKind == kFp8 ? F{} : -inf;
-      for (i64 c = g * G; c < end; c += 2 * W) {
+      grouping.over(g, [&](i64 c) MEMOS_INLINE {
         const Pair<W> x = load_pair<W, kSource>(row, c);
         if constexpr (kKind == kFp8) {
           hi = max_of(abs_of(x.odd), max_of(abs_of(x.even), hi));
-          bad |= unfit(x.even) | unfit(x.odd);
+          misfits.add_numbers(row, c, x);
         } else {
           lo = min_of(x.odd, min_of(x.even, lo));
           hi = max_of(x.odd, max_of(x.even, hi));
         }
-      }
-      if constexpr (kKind != kFp8) lows[t * groups + g] = min_lane<W>(lo);
-      highs[t * groups + g] = max_lane<W>(hi);
+      });
+      if constexpr (kKind != kFp8) store_as(low_at, lo);
+      store_as(high_at, hi);
     }
   }
-  for (i64 i = count; i < count + W; ++i) lows[i] = highs[i] = 0.0f;
+  if constexpr (kKind == kFp8)
+    if (misfits.numbers()) return true;
+  for (i64 i = count; i % W; ++i, low_at += W, high_at += W) {
+    store_as(low_at, F{});
+    store_as(high_at, F{});
+  }
   for (i64 i = 0; i < count; i += W) {
-    const Group<F> g = group_of<kKind>(load_as<F>(lows + i), load_as<F>(highs + i));
+    const F lo = kKind == kFp8 ? F{} : reduce_rows<W, true>(lows + i * W);
+    const Group<F> g = group_of<kKind>(lo, reduce_rows<W, false>(highs + i * W));
     const U16 scale = __builtin_convertvector(g.scale, U16);
     const U16 zero = __builtin_convertvector(g.zero, U16);
-    const i64 n = 2 * (count - i < W ? count - i : W);
-    std::memcpy(scales + 2 * i, &scale, n);
-    if constexpr (kKind != kFp8) std::memcpy(zeros + 2 * i, &zero, n);
-    store_as(lows + i, g.zero_value);
+    if (count - i >= W) {
+      store_as(to.scales + 2 * i, scale);
+      if constexpr (kKind != kFp8) store_as(to.zeros + 2 * i, zero);
+    } else {
+      std::memcpy(to.scales + 2 * i, &scale, 2 * (count - i));
+      if constexpr (kKind != kFp8) std::memcpy(to.zeros + 2 * i, &zero, 2 * (count - i));
+    }
+    store_as(lows + i, g.zero_value);  // behind the rows still to be read
     store_as(highs + i, g.inverse);
   }
-  for (i64 t = 0; t < T; ++t) {
-    const char* row = src + t * token_bytes;
-    for (i64 g = 0; g < groups; ++g) {
-      const i64 end = (g + 1) * G < D ? (g + 1) * G : D;
-      const F zero = F{} + lows[t * groups + g], inverse = F{} + highs[t * groups + g];
-      for (i64 c = g * G; c < end; c += 2 * W) {
+  for (i64 t = 0, i = 0; t < T; ++t) {
+    const char* row = rows.row(t);
+    char* codes = to.row(t);
+    if constexpr (kSource != kScratch) rows.fetch(t, 0, grouping.D * kItem<kSource>);
+    for (i64 g = 0; g < groups; ++g, ++i) {
+      const F zero = F{} + lows[i], inverse = F{} + highs[i];
+      grouping.over(g, [&](i64 c) MEMOS_INLINE {
         const Pair<W> x = load_pair<W, kSource>(row, c);
         const U e = code_of<kKind>(x.even, zero, inverse);
         const U o = code_of<kKind>(x.odd, zero, inverse);
-        bad |= invalid_bits<kKind>(e, o);
-        store_codes<W, kKind>(codes + t * row_bytes, c, e, o);
-      }
+        if constexpr (kKind != kFp8) misfits.add_codes(e, o);
+        store_codes<W, kKind>(codes, c, e, o, to.stream);
+      });
     }
   }
-  return any_lane(bad);
+  if constexpr (kKind == kFp8) return false;
+  return misfits.template codes<kKind>();
 }
 
 template <int W, i64 kKind>
@@ -239,9 +367,9 @@ MEMOS_HD Pair<W> decode_pair(const char* row, i64 c, Pair<W> scale, Pair<W> zero
   load_codes<W, kKind>(row, c, e, o);
   if constexpr (kKind == kFp8)
     return {mul(e4m3_value<F>(e), scale.even), mul(e4m3_value<F>(o), scale.odd)};
-  // The product is exact (8 x 11 bits), so a fused multiply-add would give the same bits.
-  return {add(zero.even, mul(to_float<F>(e), scale.even)),
-          add(zero.odd, mul(to_float<F>(o), scale.odd))};
+  // 8 bits by 11: the products are exact.
+  return {exact_mul_add(to_float<F>(e), scale.even, zero.even),
+          exact_mul_add(to_float<F>(o), scale.odd, zero.odd)};
 }
 
 template <int W, i64 kTarget, i64 kKind>
@@ -249,24 +377,32 @@ void decode_channels(const char* codes, i64 row_bytes, const char* scales, const
                      i64 T, i64 D, char* dst, i64 token_bytes) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
-  for (i64 c = 0; c < D; c += 2 * W) {
-    const U s = load_as<U>(scales + 2 * c);
-    const U z = kKind == kFp8 ? U{} : load_as<U>(zeros + 2 * c);
-    const Pair<W> scale{fp16_value<F>(s & 0xffffu), fp16_value<F>(s >> 16)};
-    const Pair<W> zero{fp16_value<F>(z & 0xffffu), fp16_value<F>(z >> 16)};
+  over_slabs<W>(D, [&](i64 c, auto pairs) MEMOS_INLINE {
+    constexpr int kPairs = decltype(pairs)::value;
+    Pair<W> scale[kPairs], zero[kPairs];
+    for (int i = 0; i < kPairs; ++i) {
+      const U s = load_as<U>(scales + 2 * (c + i * 2 * W));
+      const U z = kKind == kFp8 ? U{} : load_as<U>(zeros + 2 * (c + i * 2 * W));
+      scale[i] = {fp16_value<F>(s & 0xffffu), fp16_value<F>(s >> 16)};
+      zero[i] = {fp16_value<F>(z & 0xffffu), fp16_value<F>(z >> 16)};
+    }
     for (i64 t = 0; t < T; ++t)
-      store_pair<W, kTarget>(dst + t * token_bytes, c,
-                             decode_pair<W, kKind>(codes + t * row_bytes, c, scale, zero));
-  }
+      for (int i = 0; i < kPairs; ++i)
+        store_pair<W, kTarget>(
+            dst + t * token_bytes, c + i * 2 * W,
+            decode_pair<W, kKind>(codes + t * row_bytes, c + i * 2 * W, scale[i], zero[i]));
+    return false;
+  });
 }
 
-template <int W, i64 kTarget, i64 kKind>
-void decode_tokens(const char* codes, i64 row_bytes, const char* scales, const char* zeros, i64 T,
-                   i64 D, i64 G, char* dst, i64 token_bytes) {
+template <int W, i64 kTarget, i64 kKind, class Grouping>
+MEMOS_HD void decode_tokens(const char* codes, i64 row_bytes, const char* scales,
+                            const char* zeros, i64 T, const Grouping& grouping, char* dst,
+                            i64 token_bytes) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
   using U16 = typename Vec<W>::U16;
-  const i64 groups = num_groups(D, G), count = T * groups;
+  const i64 groups = grouping.count(), count = T * groups;
   float scale_of[kTokensAtOnce * kMaxGroups + 16], zero_of[kTokensAtOnce * kMaxGroups + 16];
   for (i64 i = 0; i < count; i += W) {
     U16 s{}, z{};
@@ -276,13 +412,14 @@ void decode_tokens(const char* codes, i64 row_bytes, const char* scales, const c
     store_as(scale_of + i, fp16_value<F>(__builtin_convertvector(s, U)));
     store_as(zero_of + i, fp16_value<F>(__builtin_convertvector(z, U)));
   }
-  for (i64 t = 0; t < T; ++t) {
-    for (i64 g = 0; g < groups; ++g) {
-      const i64 end = (g + 1) * G < D ? (g + 1) * G : D;
-      const F s = F{} + scale_of[t * groups + g], z = F{} + zero_of[t * groups + g];
-      for (i64 c = g * G; c < end; c += 2 * W)
-        store_pair<W, kTarget>(dst + t * token_bytes, c,
-                               decode_pair<W, kKind>(codes + t * row_bytes, c, {s, s}, {z, z}));
+  for (i64 t = 0, i = 0; t < T; ++t) {
+    const char* row = codes + t * row_bytes;
+    char* to = dst + t * token_bytes;
+    for (i64 g = 0; g < groups; ++g, ++i) {
+      const F s = F{} + scale_of[i], z = F{} + zero_of[i];
+      grouping.over(g, [&](i64 c) MEMOS_INLINE {
+        store_pair<W, kTarget>(to, c, decode_pair<W, kKind>(row, c, {s, s}, {z, z}));
+      });
     }
   }
 }
@@ -299,8 +436,8 @@ template <int W, int kStep, class F>
 MEMOS_HD F rotate_lanes(F x) {
   using U = typename Lanes<F>::U;
   U sign{};
-  for (int i = 0; i < W; ++i) sign[i] = i & kStep ? 0x80000000u : 0u;
-  return add(swap_lanes<W, kStep>(x), bit_cast<F>(bit_cast<U>(x) ^ sign));
+  for (int i = 0; i < W; ++i) sign[i] = i & kStep ? 0xbf800000u : 0x3f800000u;  // -1 or 1
+  return exact_mul_add(x, bit_cast<F>(sign), swap_lanes<W, kStep>(x));
 }
 
 template <int W, class F>
@@ -362,52 +499,52 @@ MEMOS_HD F made_fit(F x) {
   return x == x ? min_of(max_of(x, -top), top) : F{};
 }
 
-// One row from `source` to `target` (either may be scratch), rotated between. Returns the lanes
-// whose number did not fit; with kFit they are made to fit first.
+// One row from `source` to `target` (either may be scratch), rotated between. With kFit the numbers
+// are made to fit first.
 template <int W, i64 kSource, i64 kTarget, bool kFit, int kVectors>
-MEMOS_HD typename Vec<W>::U rotate_row(const char* src, char* dst, i64 n, float norm) {
+MEMOS_HD void rotate_row(const char* src, char* dst, i64 n, float norm,
+                         Misfits<W, kSource>& misfits) {
   using F = typename Vec<W>::F;
-  typename Vec<W>::U bad{};
   F x[kVectors];
   for (int i = 0; i < kVectors; i += 2) {
     Pair<W> p = load_pair<W, kSource>(src, i * W);
     if constexpr (kFit) {
       p = {made_fit(p.even), made_fit(p.odd)};
     } else if constexpr (kSource != kScratch) {
-      bad |= unfit(p.even) | unfit(p.odd);
+      misfits.add_numbers(src, i * W, p);
     }
     x[i] = p.even;
     x[i + 1] = p.odd;
   }
   rotate_known<W>(x, n, norm);
   for (int i = 0; i < kVectors; i += 2) store_pair<W, kTarget>(dst, i * W, {x[i], x[i + 1]});
-  return bad;
 }
 
-// T rows of D channels from src to dst, rotated if `rotate`. Returns whether a number did not fit.
+// T rows of D channels to dst, rotated if `rotate`. Returns whether a number did not fit.
 template <int W, i64 kSource, i64 kTarget, bool kFit>
-bool move_rows(const char* src, i64 src_bytes, char* dst, i64 dst_bytes, i64 T, i64 D,
-               bool rotate) {
-  using U = typename Vec<W>::U;
-  U bad{};
+bool move_rows(const Rows& rows, char* dst, i64 dst_bytes, i64 T, i64 D, bool rotate) {
+  Misfits<W, kSource> misfits;
   const i64 n = D & -D;
   const float norm = hadamard_norm(n);
   for (i64 t = 0; t < T; ++t) {
-    const char* from = src + t * src_bytes;
+    const char* from = rows.row(t);
     char* to = dst + t * dst_bytes;
+    if constexpr (kSource != kScratch) rows.fetch(t, 0, D * kItem<kSource>);
     if (rotate && D == 2 * W) {
-      bad |= rotate_row<W, kSource, kTarget, kFit, 2>(from, to, n, norm);
+      rotate_row<W, kSource, kTarget, kFit, 2>(from, to, n, norm, misfits);
     } else if (rotate && D == 4 * W) {
-      bad |= rotate_row<W, kSource, kTarget, kFit, 4>(from, to, n, norm);
+      rotate_row<W, kSource, kTarget, kFit, 4>(from, to, n, norm, misfits);
     } else if (rotate && D == 8 * W) {
-      bad |= rotate_row<W, kSource, kTarget, kFit, 8>(from, to, n, norm);
+      rotate_row<W, kSource, kTarget, kFit, 8>(from, to, n, norm, misfits);
     } else {
       float row[kMaxHeadDim];
       char* at = reinterpret_cast<char*>(row);
       for (i64 c = 0; c < D; c += 2 * W) {
         Pair<W> p = load_pair<W, kSource>(from, c);
-        if constexpr (kFit) p = {made_fit(p.even), made_fit(p.odd)};
-        else bad |= unfit(p.even) | unfit(p.odd);
+        if constexpr (kFit)
+          p = {made_fit(p.even), made_fit(p.odd)};
+        else
+          misfits.add_numbers(from, c, p);
         store_pair<W, kScratch>(at, c, p);
       }
       if (rotate) rotate_any<W>(row, D, n, norm);
@@ -415,7 +552,7 @@ bool move_rows(const char* src, i64 src_bytes, char* dst, i64 dst_bytes, i64 T, 
         store_pair<W, kTarget>(to, c, load_pair<W, kScratch>(at, c));
     }
   }
-  return any_lane(bad);
+  return misfits.numbers();
 }
 
 // One head of one section, K (kPerChannel) or V.
@@ -424,44 +561,44 @@ struct Head {
   i64 token_bytes;
   char *codes, *scales, *zeros;
   i64 P, D;
+  const char* next;  // where the numbers of the head that follows begin
+  bool stream;       // store the codes past the caches
 };
 
 template <int W, i64 kSource, i64 kKind, bool kPerChannel>
-MEMOS_HD bool encode_tile(const char* src, i64 token_bytes, i64 T, i64 D, i64 G, char* codes,
-                          i64 row_bytes, char* scales, char* zeros) {
+MEMOS_HD bool encode_tile(const Rows& rows, i64 T, i64 D, i64 G, const Target& to) {
   if constexpr (kPerChannel)
-    return encode_channels<W, kSource, kKind>(src, token_bytes, T, D, codes, row_bytes, scales,
-                                              zeros);
+    return encode_channels<W, kSource, kKind>(rows, T, D, to);
   else
-    return encode_tokens<W, kSource, kKind>(src, token_bytes, T, D, G, codes, row_bytes, scales,
-                                            zeros);
+    return with_groups<W>(D, G, [&](auto grouping) {
+      return encode_tokens<W, kSource, kKind>(rows, T, grouping, to);
+    });
 }
 
 template <int W, i64 kDtype, i64 kKind, bool kPerChannel>
 void encode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
-  alignas(64) float tile[kTokensAtOnce * kMaxHeadDim];
+  alignas(64) float tile[kTileTokens * kMaxHeadDim];
   char* scratch = reinterpret_cast<char*>(tile);
   const i64 D = head.D, step = kPerChannel ? G : kTokensAtOnce;
   const i64 params = kPerChannel ? 2 * D : 2 * kTokensAtOnce * num_groups(D, G);
+  const Rows rotated{scratch, 4 * D, scratch};
   for (i64 t = 0, i = 0; t < head.P; t += step, ++i) {
     const i64 T = head.P - t < step ? head.P - t : step;
-    const char* src = head.numbers + t * head.token_bytes;
-    char* codes = head.codes + t * row_bytes;
-    char *scales = head.scales + i * params, *zeros = head.zeros + i * params;
+    const char* at = head.numbers + t * head.token_bytes;
+    const Rows rows{at, head.token_bytes,
+                    t + step < head.P ? at + step * head.token_bytes : head.next};
+    const Target to{head.codes + t * row_bytes, row_bytes, head.scales + i * params,
+                    head.zeros + i * params, head.stream};
     if (!rotate) {
-      if (!encode_tile<W, kDtype, kKind, kPerChannel>(src, head.token_bytes, T, D, G, codes,
-                                                      row_bytes, scales, zeros))
+      if (!encode_tile<W, kDtype, kKind, kPerChannel>(rows, T, D, G, to))
         continue;
-      move_rows<W, kDtype, kScratch, true>(src, head.token_bytes, scratch, 4 * D, T, D, false);
-    } else if (move_rows<W, kDtype, kScratch, false>(src, head.token_bytes, scratch, 4 * D, T, D,
-                                                     true)) {
-      move_rows<W, kDtype, kScratch, true>(src, head.token_bytes, scratch, 4 * D, T, D, true);
+      move_rows<W, kDtype, kScratch, true>(rows, scratch, 4 * D, T, D, false);
+    } else if (move_rows<W, kDtype, kScratch, false>(rows, scratch, 4 * D, T, D, true)) {
+      move_rows<W, kDtype, kScratch, true>(rows, scratch, 4 * D, T, D, true);
     }
-    if (encode_tile<W, kScratch, kKind, kPerChannel>(scratch, 4 * D, T, D, G, codes, row_bytes,
-                                                     scales, zeros)) {
-      move_rows<W, kScratch, kScratch, true>(scratch, 4 * D, scratch, 4 * D, T, D, false);
-      encode_tile<W, kScratch, kKind, kPerChannel>(scratch, 4 * D, T, D, G, codes, row_bytes,
-                                                   scales, zeros);
+    if (encode_tile<W, kScratch, kKind, kPerChannel>(rotated, T, D, G, to)) {
+      move_rows<W, kScratch, kScratch, true>(rotated, scratch, 4 * D, T, D, false);
+      encode_tile<W, kScratch, kKind, kPerChannel>(rotated, T, D, G, to);
     }
   }
 }
@@ -472,12 +609,16 @@ MEMOS_HD void decode_tile(const char* codes, i64 row_bytes, const char* scales, 
   if constexpr (kPerChannel)
     decode_channels<W, kTarget, kKind>(codes, row_bytes, scales, zeros, T, D, dst, token_bytes);
   else
-    decode_tokens<W, kTarget, kKind>(codes, row_bytes, scales, zeros, T, D, G, dst, token_bytes);
+    with_groups<W>(D, G, [&](auto grouping) {
+      decode_tokens<W, kTarget, kKind>(codes, row_bytes, scales, zeros, T, grouping, dst,
+                                       token_bytes);
+      return false;
+    });
 }
 
 template <int W, i64 kDtype, i64 kKind, bool kPerChannel>
 void decode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
-  alignas(64) float tile[kTokensAtOnce * kMaxHeadDim];
+  alignas(64) float tile[kTileTokens * kMaxHeadDim];
   char* scratch = reinterpret_cast<char*>(tile);
   const i64 D = head.D, step = kPerChannel ? G : kTokensAtOnce;
   const i64 params = kPerChannel ? 2 * D : 2 * kTokensAtOnce * num_groups(D, G);
@@ -492,7 +633,8 @@ void decode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
     } else {
       decode_tile<W, kScratch, kKind, kPerChannel>(codes, row_bytes, scales, zeros, T, D, G,
                                                    scratch, 4 * D);
-      move_rows<W, kScratch, kDtype, false>(scratch, 4 * D, dst, head.token_bytes, T, D, true);
+      move_rows<W, kScratch, kDtype, false>({scratch, 4 * D, scratch}, dst, head.token_bytes, T, D,
+                                            true);
     }
   }
 }
@@ -530,36 +672,67 @@ void head_of_width(const Head& head, const Scheme& s, i64 dtype, bool per_channe
   // Fewer lanes where the head dimension is no multiple of two full vectors; it is one of 8.
   if constexpr (W > 4)
     if (head.D % (2 * W)) return head_of_width<kEncode, W / 2>(head, s, dtype, per_channel, row_bytes);
+  if constexpr (!kEncode)
+    if (dtype == kBf16Streamed)
+      return head_of_dtype<kEncode, W, kBf16Streamed>(head, s, per_channel, row_bytes);
   if (dtype == kBf16) return head_of_dtype<kEncode, W, kBf16>(head, s, per_channel, row_bytes);
   if (dtype == kF16) return head_of_dtype<kEncode, W, kF16>(head, s, per_channel, row_bytes);
   return head_of_dtype<kEncode, W, kF32>(head, s, per_channel, row_bytes);
 }
 
+void copy_row(char* dst, const char* src, i64 bytes, bool stream) {
+  if (stream) {
+    typedef std::uint32_t Line __attribute__((vector_size(4 * MEMOS_LANES)));
+    const i64 size = sizeof(Line), head = -reinterpret_cast<i64>(dst) & (size - 1);
+    if (head + size <= bytes) {
+      std::memcpy(dst, src, head);
+      i64 i = head;
+      for (; i + size <= bytes; i += size) store_line<true>(dst + i, load_as<Line>(src + i));
+      std::memcpy(dst + i, src + i, bytes - i);
+      return;
+    }
+  }
+  std::memcpy(dst, src, bytes);
+}
+
 template <bool kEncode>
-void copy_raw(const Head& head, i64 row_bytes) {
+void copy_raw(const Head& head, i64 row_bytes, bool stream) {
   const bool dense = head.token_bytes == row_bytes;
   const i64 rows = dense ? 1 : head.P, bytes = dense ? head.P * row_bytes : row_bytes;
   for (i64 t = 0; t < rows; ++t) {
     char *numbers = head.numbers + t * head.token_bytes, *codes = head.codes + t * row_bytes;
-    std::memcpy(kEncode ? codes : numbers, kEncode ? numbers : codes, bytes);
+    copy_row(kEncode ? codes : numbers, kEncode ? numbers : codes, bytes, stream);
   }
 }
 
-// K (per_channel) or V of one block of one layer.
+// The numbers of K or V of one block of one layer.
+struct Numbers {
+  char* at;
+  i64 token_bytes, head_bytes, row_bytes;
+};
+
+// K (per_channel) or V of one block of one layer; `next` is the one that follows.
 template <bool kEncode>
-void do_section(char* numbers, i64 token_stride, i64 head_stride, const Scheme& s,
-                const KvCall& call, i64 D, bool per_channel, char* packed, const Section& section) {
-  const i64 item = item_bytes(call.dtype);
+void do_section(const Numbers& numbers, const Numbers& next, const Scheme& s, const KvCall& call,
+                i64 D, bool per_channel, char* packed, const Section& section, bool stream) {
+  const i64 where = reinterpret_cast<i64>(numbers.at) | numbers.token_bytes | numbers.head_bytes;
+  const bool aligned = where % (4 * MEMOS_LANES) == 0;
+  const bool past = stream && aligned && call.dtype == kBf16 && !kEncode;
   for (i64 h = 0; h < call.H; ++h) {
-    const Head head{numbers + h * head_stride * item,
-                    token_stride * item,
+    const Head head{numbers.at + h * numbers.head_bytes,
+                    numbers.token_bytes,
                     packed + h * call.P * section.row_bytes,
                     packed + section.scales_at + 2 * h * section.groups,
                     packed + section.zeros_at + 2 * h * section.groups,
                     call.P,
-                    D};
-    if (s.kind == kRaw) copy_raw<kEncode>(head, section.row_bytes);
-    else head_of_width<kEncode, MEMOS_LANES>(head, s, call.dtype, per_channel, section.row_bytes);
+                    D,
+                    h + 1 < call.H ? numbers.at + (h + 1) * numbers.head_bytes : next.at,
+                    stream && (reinterpret_cast<i64>(packed) | call.P * section.row_bytes) % 32 == 0};
+    if (s.kind == kRaw)
+      copy_raw<kEncode>(head, section.row_bytes, stream);
+    else
+      head_of_width<kEncode, MEMOS_LANES>(head, s, past ? kBf16Streamed : call.dtype, per_channel,
+                                          section.row_bytes);
   }
   if (kEncode) {
     std::memset(packed + section.padding_at[0], 0, section.scales_at - section.padding_at[0]);
@@ -577,72 +750,45 @@ void do_tasks(const KvCall& call, i64 first, i64 last) {
   const Section ks = section_of(k, call.P, call.H, call.Dk, call.dtype, true);
   const Section vs = section_of(v, call.P, call.H, call.Dv, call.dtype, false);
   const i64 item = item_bytes(call.dtype);
+  const bool stream =
+      (last - first) * call.P * call.H * (call.Dk + call.Dv) * item >= kStreamFrom;
+  const auto keys_of = [&](i64 task) {
+    const LayerView& view = layers[task / call.M];
+    return Numbers{reinterpret_cast<char*>(view.k) + ids[task % call.M] * view.k_block * item,
+                   view.k_token * item, view.k_head * item, call.Dk * item};
+  };
+  const auto values_of = [&](i64 task) {
+    const LayerView& view = layers[task / call.M];
+    return Numbers{reinterpret_cast<char*>(view.v) + ids[task % call.M] * view.v_block * item,
+                   view.v_token * item, view.v_head * item, call.Dv * item};
+  };
+  Numbers keys = keys_of(first);
   for (i64 task = first; task < last; ++task) {
-    const i64 layer = task / call.M, m = task % call.M;
-    const LayerView& view = layers[layer];
-    char* packed = reinterpret_cast<char*>(rows[m]) + layer * call.row_bytes;
-    char* keys = reinterpret_cast<char*>(view.k) + ids[m] * view.k_block * item;
-    char* values = reinterpret_cast<char*>(view.v) + ids[m] * view.v_block * item;
-    do_section<kEncode>(keys, view.k_token, view.k_head, k, call, call.Dk, true, packed, ks);
-    do_section<kEncode>(values, view.v_token, view.v_head, v, call, call.Dv, false,
-                        packed + ks.bytes, vs);
+    char* packed = reinterpret_cast<char*>(rows[task % call.M]) + task / call.M * call.row_bytes;
+    const Numbers values = values_of(task);
+    const Numbers next = keys_of(task + 1 < last ? task + 1 : task);
+    do_section<kEncode>(keys, values, k, call, call.Dk, true, packed, ks, stream);
+    do_section<kEncode>(values, next, v, call, call.Dv, false, packed + ks.bytes, vs, stream);
+    keys = next;
   }
+  if (stream) end_stream();
 }
 
 void pack_kv(const KvCall& call, i64 first, i64 last) { do_tasks<true>(call, first, last); }
 void unpack_kv(const KvCall& call, i64 first, i64 last) { do_tasks<false>(call, first, last); }
 
-// Beyond this many bytes a copy outgrows the caches: storing past them saves reading the target.
-constexpr i64 kStreamFrom = 8 << 20;
-
-void copy_row(char* dst, const char* src, i64 bytes, bool stream) {
-#if defined(__SSE2__)
-  if (stream) {
-    typedef std::uint32_t Line __attribute__((vector_size(4 * MEMOS_LANES)));
-    const i64 head = -reinterpret_cast<i64>(dst) & (sizeof(Line) - 1);
-    if (head >= bytes) {
-      std::memcpy(dst, src, bytes);
-      return;
-    }
-    std::memcpy(dst, src, head);
-    i64 i = head;
-    for (; i + static_cast<i64>(sizeof(Line)) <= bytes; i += sizeof(Line)) {
-      const Line line = load_as<Line>(src + i);
-#if defined(__AVX512F__)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), (__m512i)line);
-#elif defined(__AVX__)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i), (__m256i)line);
-#else
-      _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), (__m128i)line);
-#endif
-    }
-    std::memcpy(dst + i, src + i, bytes - i);
-    return;
-  }
-#endif
-  (void)stream;
-  std::memcpy(dst, src, bytes);
-}
-
-void end_stream(bool stream) {
-#if defined(__SSE2__)
-  if (stream) _mm_sfence();
-#endif
-  (void)stream;
-}
-
 void gather_rows(const char* src, const i64* ids, i64 first, i64 last, i64 row_bytes, char* dst) {
   const bool stream = (last - first) * row_bytes >= kStreamFrom;
   for (i64 i = first; i < last; ++i)
     copy_row(dst + i * row_bytes, src + ids[i] * row_bytes, row_bytes, stream);
-  end_stream(stream);
+  if (stream) end_stream();
 }
 
 void write_rows(char* dst, const i64* ids, i64 first, i64 last, i64 row_bytes, const char* src) {
   const bool stream = (last - first) * row_bytes >= kStreamFrom;
   for (i64 i = first; i < last; ++i)
     copy_row(dst + ids[i] * row_bytes, src + i * row_bytes, row_bytes, stream);
-  end_stream(stream);
+  if (stream) end_stream();
 }
 
 }  // namespace
