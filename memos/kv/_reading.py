@@ -82,8 +82,8 @@ class _Job:
     slot: tuple[Arena, memoryview] | None = None
 
 
-def read_blocks(state: State, question: Question) -> tuple[list[memoryview], str | None]:
-    """Payloads of the longest verified prefix, and why it ends; None when it is complete."""
+def read_blocks(state: State, question: Question) -> list[memoryview]:
+    """Payloads of the longest verified prefix; why it ends is counted."""
     jobs, reason = _find(state, question)
     payloads: list[memoryview] = []
     answers = _read(state, question, jobs)
@@ -104,7 +104,7 @@ def read_blocks(state: State, question: Question) -> tuple[list[memoryview], str
         state.counts["asked"] += len(question.keys)
         if reason is not None:
             state.misses[reason] += 1
-    return payloads, reason
+    return payloads
 
 
 def _find(state: State, question: Question) -> tuple[list[_Job], str | None]:

@@ -205,12 +205,12 @@ def _write_segments(
                     done.append((item, kept, offset, writer.size - offset, stored))
                     item = next(waiting, None)
                 path = next(paths)
-                inode = writer.publish(path)
+                stamp = writer.publish(path)
             finally:
                 writer.abort()
             with state.lock:
                 number = int(path.stem)
-                segment = Segment(path, keys.tenant_id, number, inode, writer.size)
+                segment = Segment(path, keys.tenant_id, number, stamp)
                 segment.allocated_bytes = writer.size
                 reserved -= writer.size
                 disk.segments[path] = segment

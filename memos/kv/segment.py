@@ -28,8 +28,7 @@ class Segment:
     path: Path
     tenant: bytes
     number: int
-    inode: int
-    size: int
+    stamp: tuple[int, int, int]  # of the file: inode, size, time of change
     allocated_bytes: int = 0  # live frames and garbage
     live: dict[bytes, Record] = field(default_factory=dict)
     garbage: list[tuple[int, int]] = field(default_factory=list)  # damaged, doubled, evicted
@@ -44,6 +43,11 @@ class Record:
     offset: int
     frame_bytes: int
     stored_bytes: int
+
+
+def stamp_of(stat: os.stat_result) -> tuple[int, int, int]:
+    """Another one means that the file is another one, or was punched."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def segment_number(name: str) -> int | None:
@@ -80,11 +84,11 @@ class SegmentWriter:
         self.size += num_bytes
         return offset
 
-    def publish(self, path: Path) -> int:
-        """Put the segment in place; returns its inode."""
+    def publish(self, path: Path) -> tuple[int, int, int]:
+        """Put the segment in place; returns its stamp."""
         if self._durable:
             os.fdatasync(self._fd)
-        inode = os.fstat(self._fd).st_ino
+        stamp = stamp_of(os.fstat(self._fd))
         os.rename(self._temp, path)
         try:
             if self._durable:
@@ -93,7 +97,7 @@ class SegmentWriter:
             path.unlink(missing_ok=True)
             raise
         self.abort()
-        return inode
+        return stamp
 
     def abort(self) -> None:
         if self._fd >= 0:
@@ -120,7 +124,8 @@ def scan(fd: int, size: int, keys: TenantKeys) -> Iterator[tuple[int, int, Heade
     """Walk the frames of a segment: (offset, bytes, header, or the reason why it has none).
 
     After a bad header the walk goes on at the next multiple of 4096 that begins with the magic;
-    the bytes up to there are reported as one bad range. Holes are skipped and not reported.
+    the bytes up to there are reported as one bad range, "gone" when they are zeros. Holes are
+    skipped and not reported.
     """
     offset = 0
     while (offset := _next_data(fd, offset, size)) < size:
@@ -132,8 +137,11 @@ def scan(fd: int, size: int, keys: TenantKeys) -> Iterator[tuple[int, int, Heade
                 continue
             header = "truncated"
         stop, blank = _resync(fd, offset, size)
-        if not blank:
-            yield offset, stop - offset, "header" if header == "gone" else header
+        if blank:
+            header = "gone"  # removed, but the pages are still there
+        elif header == "gone":
+            header = "header"
+        yield offset, stop - offset, header
         offset = stop
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sqlite3
 import struct
@@ -143,6 +144,12 @@ class SessionTable:
             rows = db.execute(query, (now,)).fetchall() if db else []
         metas = (self._meta(row, sealed) for row, sealed in rows)
         return [meta["id"] for meta in metas if meta is not None]
+
+    def next_expiry(self) -> float:
+        """When the next session expires; infinity when none will."""
+        with self._reading() as db:
+            row = db.execute("SELECT min(expires_at) FROM sessions").fetchone() if db else None
+        return math.inf if row is None or row[0] is None else float(row[0])
 
     def pinned_keys(self) -> set[bytes]:
         """Keys of the blocks of all pinned sessions."""

@@ -138,13 +138,16 @@ class KVStore:
         state, folder = self._state, self._folder
         state.check_open()
         id = folder.tenant_id(name) if folder else tenant_id(name)
+        tenant = self._tenants.get(id)
+        if tenant is not None and (state.writable or tenant.is_current()):
+            tenant.name = name
+            return tenant
         with state.write_lock:
             if id in self._damaged:
                 raise self._damaged[id]
-            tenant = self._tenants.get(id)
-            if tenant is not None and not state.writable and not tenant.is_current():
-                state.forget_tenant(id)  # deleted, and perhaps made anew
-                tenant = None
+            if tenant is not None:
+                state.forget_tenant(id)  # another process deleted it, and perhaps made it anew
+            tenant = self._tenants.get(id) if state.writable else None
             tenant = tenant or self._load_tenant(id, name)
             if tenant is None:
                 if not state.writable:
@@ -286,8 +289,9 @@ class KVStore:
             state.close()
             try:
                 if self._folder is not None and state.disk is not None and state.writable:
-                    with contextlib.suppress(OSError):  # a hint: losing it is harmless
+                    with contextlib.suppress(OSError):  # neither is needed, both are welcome
                         self._folder.save_recency(state.disk.policy.order())
+                        state.disk.reclaim()
                 for tenant in self._tenants.values():
                     tenant.close()
             finally:

@@ -54,6 +54,7 @@ class Tenant:
         self._folder = folder
         self._deleted = False
         self._pinned: set[bytes] | None = None
+        self._next_expiry: float | None = None  # of a session; None: not known
         self._seen: tuple[int, int] | None = None  # the segment folder when it was last scanned
         self._key_stat = (0, 0)
         path = None if folder is None else folder / "sessions.db"
@@ -68,6 +69,8 @@ class Tenant:
             return
         with state.lock:
             self._key_stat = _identify(self._folder / "key")
+            if state.writable:
+                (self._folder / "segments").mkdir(mode=0o700, exist_ok=True)
             state.disk.load(self._folder / "segments", self._keys)
             for record in state.disk.records.values():
                 if record.block.tenant == self.id:
@@ -131,6 +134,7 @@ class Tenant:
         with self._writing("store blocks"):
             now = state.now_ms()
             expires = 0 if ttl_s is None else now + max(1, int(ttl_s * 1000))
+            self._sweep_sessions_when_due()
             items = [
                 check_entry(f"entries[{i}]", entry, identity, self._keys, now, expires)
                 for i, entry in enumerate(entries)
@@ -158,48 +162,41 @@ class Tenant:
         """
         state = self._state
         state.check_open()
-        while True:
-            question = Question(keys, identity, token_ids, self._keys, state.now_ms())
-            payloads, reason = read_blocks(state, question)
-            if reason not in ("absent", "gone", "header", "key") or not self.refresh():
-                return payloads
+        self.refresh()
+        question = Question(keys, identity, token_ids, self._keys, state.now_ms())
+        return read_blocks(state, question)
 
     def contains(self, keys: Sequence[bytes]) -> int:
         """How many leading keys are known and not expired. Looks at the index only."""
         state = self._state
         state.check_open()
-        while True:
-            now, count = state.now_ms(), 0
-            with state.lock:
-                for key in keys:
-                    block = state.find(key)
-                    if block is None or block.tenant != self.id or block.has_expired(now):
-                        break
-                    count += 1
-            if count == len(keys) or not self.refresh():
-                return count
+        self.refresh()
+        now, count = state.now_ms(), 0
+        with state.lock:
+            for key in keys:
+                block = state.find(key)
+                if block is None or block.tenant != self.id or block.has_expired(now):
+                    break
+                count += 1
+        return count
 
     def delete(self, keys: Iterable[bytes]) -> int:
         """Remove blocks, pinned or not, and their bytes from disk; returns how many there were."""
         with self._writing("delete blocks"):
             return self._destroy(keys)
 
-    def refresh(self) -> bool:
-        """Look for segments that another process wrote or removed; True when any were found."""
+    def refresh(self) -> None:
+        """Look for segments that another process wrote or removed; cheap when there are none."""
         state = self._state
         if state.disk is None or self._folder is None or state.writable:
-            return False
+            return
         folder = self._folder / "segments"
-        now = time.time_ns()
-        seen = _identify(folder)
+        seen, now = _identify(folder), time.time_ns()
         with state.lock:
-            if seen == self._seen:
-                return False
-            before = len(state.disk.segments)
-            found = state.disk.load(folder, self._keys)
-            # A change within the clock's tick of this one would carry the same time.
-            self._seen = seen if now - seen[1] > _TICK_NS else None
-            return bool(found) or len(state.disk.segments) != before
+            if seen != self._seen:
+                state.disk.load(folder, self._keys)
+                # A change within the clock's tick of this one would carry the same time.
+                self._seen = seen if now - seen[1] > _TICK_NS else None
 
     def _destroy(self, keys: Iterable[bytes]) -> int:
         state = self._state
@@ -223,11 +220,12 @@ class Tenant:
         ``updated_at`` becomes now, and ``created_at`` where it is 0; returned is what was stored.
         """
         with self._writing("save a session"):
+            self._sweep_sessions_when_due()
             now = self._state.clock()
             created = session.created_at or now
             stored = dataclasses.replace(session, created_at=created, updated_at=now)
             self._sessions.save(stored)
-            self._pinned = None
+            self._pinned = self._next_expiry = None
             return stored
 
     def session(self, id: str) -> Session | None:
@@ -267,7 +265,14 @@ class Tenant:
             over = self._sessions.expired(self._state.clock())
             for id in over:
                 self._delete_session(id, self._sessions.keys_of(id) or [])
+            self._next_expiry = None
             return len(over)
+
+    def _sweep_sessions_when_due(self) -> None:
+        if self._next_expiry is None:
+            self._next_expiry = self._sessions.next_expiry()
+        if self._state.clock() >= self._next_expiry:
+            self.sweep_sessions()
 
     def pinned_keys(self) -> set[bytes]:
         """Keys of the blocks of pinned sessions."""

@@ -16,7 +16,7 @@ from memos.kv._arena import Arena
 from memos.kv._crypto import TenantKeys
 from memos.kv.frame import ALIGN, Block, Header, block_of
 from memos.kv.policy import Policy
-from memos.kv.segment import Record, Segment, scan, segment_number, segment_path
+from memos.kv.segment import Record, Segment, scan, segment_number, segment_path, stamp_of
 
 
 @dataclass(slots=True, eq=False)
@@ -114,10 +114,10 @@ class DiskTier:
                 present.add(path)
                 known = self.segments.get(path)
                 if known is not None:
-                    if (known.inode, known.size) == (stat.st_ino, stat.st_size):
+                    if known.stamp == stamp_of(stat):
                         continue
                     self.forget_segment(known)
-                segment = Segment(path, keys.tenant_id, number, stat.st_ino, stat.st_size)
+                segment = Segment(path, keys.tenant_id, number, stamp_of(stat))
                 self.segments[path] = segment
                 found += self._scan(fd, segment, keys)
             finally:
@@ -130,7 +130,7 @@ class DiskTier:
     def _scan(self, fd: int, segment: Segment, keys: TenantKeys) -> list[Record]:
         found = []
         try:
-            for offset, num_bytes, header in scan(fd, segment.size, keys):
+            for offset, num_bytes, header in scan(fd, segment.stamp[1], keys):
                 size = -(-num_bytes // ALIGN) * ALIGN
                 segment.allocated_bytes += size
                 self.used_bytes += size
@@ -150,7 +150,7 @@ class DiskTier:
         """Count the bytes of segments whose key is lost; they go only with their tenant."""
         for number, path in list_segments(folder):
             stat = path.stat()
-            segment = Segment(path, tenant, number, stat.st_ino, stat.st_size)
+            segment = Segment(path, tenant, number, stamp_of(stat))
             segment.allocated_bytes = 512 * stat.st_blocks
             self.used_bytes += segment.allocated_bytes
             self.segments[path] = segment
