@@ -27,7 +27,7 @@ test: setup
 	$(PY) -m pytest $(ARGS)
 
 bench: setup
-	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
+	$(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet --no-header -q $(ARGS)
 
 lint: setup $(STAMPS)/lint
 	$(PY) -m ruff check .
