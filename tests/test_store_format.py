@@ -88,7 +88,8 @@ class Reader:
             return None
         if self.mac("header mac", data[:480]) != data[480:512]:
             return None
-        names = "flags frame_bytes payload_bytes index tokens L H Dk Dv P S".split()
+        names = ["flags", "frame_bytes", "payload_bytes", "index", "tokens"]
+        names += ["L", "H", "Dk", "Dv", "P", "S"]
         header: dict[str, Any] = dict(
             zip(names, struct.unpack_from("<IQQ8I", data, 12), strict=True)
         )
@@ -292,7 +293,7 @@ def test_another_reader_reads_a_store(tmp_path: Path, encryption_key: bytes | No
         assert header["token_digest"] == reader.mac("token digest", tokens_data)
         assert header["created"] == 10**9
         assert header["expires"] == (0 if entry.index < 3 else 10**9 + 60_000)
-        shape = [header[name] for name in "L H Dk Dv P S dtype".split()]
+        shape = [header[name] for name in ["L", "H", "Dk", "Dv", "P", "S", "dtype"]]
         assert shape == [1, 1, 8, 8, P, 1, 2]
         assert header["k_codec"] == header["v_codec"] == (1, 32, 0)
     ((meta, session_tokens, keys),) = reader.sessions()
