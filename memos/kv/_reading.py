@@ -116,6 +116,8 @@ def _find(state: State, question: Question) -> tuple[list[_Job], str | None]:
             record = None if state.disk is None else state.disk.records.get(key)
             if record is not None:
                 block = record.block
+                if held is not None and held.block != block:  # stored anew by another process
+                    held = None
             elif held is not None and state.disk is None:
                 block = held.block
             else:

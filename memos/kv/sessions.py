@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sqlite3
 import struct
 import threading
@@ -75,6 +76,7 @@ class SessionTable:
         body = self._keys.seal(_encode_body(session), _body_context(row, session.updated_at))
         values = (row, meta, body, session.updated_at, session.expires_at, session.pinned)
         have = set(session.keys)
+        self._check_space(len(meta) + len(body))
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?)", values)
             had = {key for (key,) in db.execute("SELECT key FROM uses WHERE session = ?", (row,))}
@@ -208,6 +210,18 @@ class SessionTable:
 
     # The connection
 
+    def _check_space(self, num_bytes: int) -> None:
+        """Refuse before SQLite fills the disk: its log would keep the space of what failed."""
+        if self._path is None:
+            return
+        wanted = 2 * num_bytes + _SPARE_BYTES  # in the log, then in the table
+        free = shutil.disk_usage(self._path.parent).free
+        if free < wanted:
+            raise StoreError(
+                f"{self._path}: cannot save a session: no space left; {wanted} bytes free "
+                f"wanted, got {free}; nothing that was stored before is lost"
+            )
+
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         try:
@@ -278,6 +292,7 @@ class SessionTable:
         raise failed
 
 
+_SPARE_BYTES = 64 << 10
 _COUNT = struct.Struct("<Q")
 _abandoned: list[object] = []  # connections of a parent process: kept, so that none is closed
 
