@@ -1,0 +1,7 @@
+"""The unit of memory."""
+
+from __future__ import annotations
+
+from memos.cube.cube import MemCube
+
+__all__ = ["MemCube"]
