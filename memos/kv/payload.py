@@ -1,0 +1,162 @@
+"""Stored payloads <-> a MemosCache. The bytes are those of docs/format/kv-frame.md.
+
+Block: pack_kv's [L, E] bytes; block 0 of a lossy codec then holds the exact sinks. Sinks and tails
+are exact tokens: per layer K [H, n, Dk], then V [H, n, Dv], in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from memos.errors import ArgumentError
+from memos.kv.cache import MemosCache
+from memos.kv.identity import KVIdentity
+from memos.kv.layer import MemosLayer, Pair, encode_blocks
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_cache(
+    cache: MemosCache,
+    payloads: Sequence[memoryview],
+    tail: memoryview | None,
+    identity: KVIdentity,
+    device: torch.device | str,
+) -> None:
+    """Fill an empty cache with stored blocks and a stored tail.
+
+    Blocks are not copied: the cache reads the payloads' memory, which must never change.
+
+    Args:
+        cache:    made for this identity, with ``window_history``.
+        payloads: of blocks 0, 1, ...; tail: of the tokens behind them, or None.
+        device:   of the model. Packed blocks stay on the host.
+    """
+    layers = cache.stored_layers
+    L, block_bytes = len(layers), identity.block_bytes()
+    blocks = [_bytes(p)[:block_bytes].view(L, 1, -1).unbind(0) for p in payloads]
+    sinks: Sequence[Pair | None] = [None] * L
+    if payloads and identity.sink_bytes():
+        sinks = _exact(_bytes(payloads[0])[block_bytes:], identity, device)
+    tails = _exact(_bytes(tail) if tail is not None else _bytes(b""), identity, device)
+    for i, layer in enumerate(layers):
+        layer.load([block[i] for block in blocks], sinks[i], tails[i])
+
+
+def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]:
+    """Payloads of blocks [first, last) of a cache of one row.
+
+    Packed bytes are passed on as they are; blocks still in the tails are packed, layers of one
+    kind in one call. The caller has checked that these tokens are storable.
+    """
+    layers = cache.stored_layers
+    parts: list[list[torch.Tensor]] = [[] for _ in layers]  # [L][last - first], [1, E] each
+    whole: dict[int, torch.Tensor] = {}  # blocks that came out of pack_kv with all layers
+    kinds: dict[int, list[int]] = {}
+    for i, layer in enumerate(layers):
+        parts[i] += layer.blocks[0][first:last]
+        kinds.setdefault(layer.num_packed, []).append(i)
+    for num_packed, members in kinds.items():
+        start = max(first, num_packed)
+        if start >= last:
+            continue
+        P = cache.block_tokens
+        span = slice((start - num_packed) * P, (last - num_packed) * P)
+        tails = [layers[i].tail for i in members]
+        sinks = layers[members[0]].sink_tokens if start == 0 else 0
+        packed = encode_blocks(
+            [t[0][0, :, span] for t in tails],
+            [t[1][0, :, span] for t in tails],
+            P,
+            sinks,
+            cache.codec,
+        )
+        for j, i in enumerate(members):
+            parts[i].extend(packed[:, j : j + 1].unbind(0))
+        if len(members) == len(layers):
+            whole.update({start + n: block for n, block in enumerate(packed)})
+    payloads = []
+    for n in range(first, last):
+        block = whole.get(n)
+        if block is None:
+            block = torch.cat([part[n - first] for part in parts])
+        if n == 0 and layers[0].sink_tokens:
+            sinks_of = [_sinks(layer) for layer in layers]
+            block = torch.cat([block.flatten(), _flat(sinks_of)])
+        payloads.append(_view(block))
+    return payloads
+
+
+def tail_payload(cache: MemosCache, start: int, count: int) -> memoryview:
+    """Payload of the exact tokens [start, start + count) of a cache of one row."""
+    pairs = []
+    for layer in cache.stored_layers:
+        first = start - layer.num_packed * layer.block_tokens
+        pairs.append(tuple(x[:, :, first : first + count] for x in layer.tail))
+    return _view(_flat(pairs))
+
+
+def check_cache(cache: MemosCache, identity: KVIdentity) -> None:
+    """Raise ArgumentError unless the K and V of this cache are of this identity."""
+    layers = cache.stored_layers
+    if len(layers) != identity.num_layers:
+        raise ArgumentError(f"cache: {identity.num_layers} layers wanted, got {len(layers)}")
+    wanted = [
+        identity.num_kv_heads,
+        identity.head_dim_k,
+        identity.head_dim_v,
+        _DTYPES[identity.dtype],
+    ]
+    for i, layer in enumerate(layers):
+        got = dims_of(layer)
+        if got != wanted:
+            raise ArgumentError(
+                f"cache: [KV heads, head_dim of K, of V, dtype] {wanted} wanted as the memory was "
+                f"made for, got {got} in layer {i}; pass model= or say it in model_config"
+            )
+
+
+def dims_of(layer: MemosLayer) -> list[object]:
+    """[KV heads, head size of K, of V, dtype] of what a layer holds."""
+    assert layer.tail is not None
+    key, value = layer.tail
+    return [key.shape[1], key.shape[3], value.shape[3], key.dtype]
+
+
+def _sinks(layer: MemosLayer) -> Pair:
+    pair = layer.sinks or layer.tail
+    assert pair is not None
+    return pair[0][:, :, : layer.sink_tokens], pair[1][:, :, : layer.sink_tokens]
+
+
+def _exact(data: torch.Tensor, identity: KVIdentity, device: torch.device | str) -> list[Pair]:
+    """Exact tokens of every layer, [1, H, n, D] each, in memory of their own."""
+    L, H = identity.num_layers, identity.num_kv_heads
+    Dk, Dv = identity.head_dim_k, identity.head_dim_v
+    rows = data.clone().view(_DTYPES[identity.dtype]).to(device).view(L, -1)
+    n = rows.shape[1] // (H * (Dk + Dv))
+    split = H * n * Dk
+    return [(row[:split].view(1, H, n, Dk), row[split:].view(1, H, n, Dv)) for row in rows]
+
+
+def _flat(pairs: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """The bytes of K, V, K, V, ... as one uint8 tensor on the host."""
+    flat = torch.cat([x.detach().reshape(-1) for pair in pairs for x in pair])
+    return flat.cpu().view(torch.uint8)
+
+
+def _bytes(buffer: memoryview | bytes) -> torch.Tensor:
+    if not len(buffer):
+        return torch.empty(0, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def _view(tensor: torch.Tensor) -> memoryview:
+    data: Any = tensor.detach().contiguous().view(-1).numpy()
+    return memoryview(data)

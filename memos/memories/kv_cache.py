@@ -1,0 +1,461 @@
+"""KVCacheMemory: conversations whose KV caches survive, compressed and verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from memos.cube import MemCube
+from memos.errors import ArgumentError, NotFoundError
+from memos.kernels.codec import Codec
+from memos.kv.sessions import Session
+from memos.kv.store import KVStore
+
+if TYPE_CHECKING:
+    from memos.kv.cache import MemosCache
+    from memos.kv.turn import Archive, Turn
+
+_ON_CUBES = ("tokens", "stored_bytes", "raw_bytes")  # figures that a reader gets with the metadata
+_LEARNT = "kv_learnt"  # metadata: what a cache taught about a model known by a dict only
+
+
+class KVCacheMemory:
+    """Activation memory: the KV caches of conversations with one model.
+
+    What a chat application calls, every turn with the whole conversation's ids::
+
+        turn = kv.begin("session-7", token_ids, user="ann")   # longest verified prefix restored
+        output = model.generate(**turn.inputs, max_new_tokens=200)
+        turn.commit(output)                                   # only the new blocks are stored
+
+    Never wrong, only a miss: a block is used only for the same tokens from the first one on, the
+    same weights, adapters, config, dtype and codec, in the same tenant, and when its bytes pass
+    every check. Prefixes that sessions share are stored once.
+
+    What it cannot see: a model that computes otherwise with the same weights and config (a
+    patched forward, dropout in training mode), and, when only ``model_config`` is given, other
+    weights of the same config: so a folder then wants ``revision``.
+
+    Args:
+        name, description: of the memory.
+        model_config:   a transformers config, or a dict with hidden_size, num_attention_heads,
+            num_layers (and num_key_value_heads, head_dim, dtype, vocab_size, sliding_window).
+        model:          the model itself: its weights become part of every key, and changed
+            weights or adapters make other keys. Wanted for the prefix of one process to be
+            valid in another without ``revision``.
+        tokenizer:      if given, its vocabulary becomes part of every key.
+        path:           a folder; None keeps everything in this process.
+        store:          a KVStore to use instead of opening ``path``; not closed by ``close``.
+        tenant:         whose blocks: nothing is shared between tenants.
+        codec:          how the past is packed: raw, int8, int4, int2, fp8, ... (see Codec).
+        max_cache_size: at most so many tokens of a session are kept, the first ones; the rest
+            is computed again. None: all.
+        block_tokens, sink_tokens, recent_tokens: as ``MemosCache`` takes them.
+        host_bytes, disk_bytes, policy, encryption_key, mode, durable, clock: as ``KVStore``.
+        revision:       a name for the weights, part of every key.
+        ttl_s:          seconds that a block lives from when it was stored, and a session from its
+            last turn.
+        device:         where restored caches go; default: the model's device.
+
+    Thread-safe, as far as each thread has its own turns and caches.
+
+    Raises:
+        ArgumentError: an argument is out of contract, or the model's layers have no K and V.
+        StoreError, StoreLockedError: the folder cannot be used.
+    """
+
+    kind = "kv_cache"
+
+    def __init__(
+        self,
+        name: str,
+        model_config: Any = None,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        description: str = "",
+        path: str | os.PathLike[str] | None = None,
+        store: KVStore | None = None,
+        tenant: str = "default",
+        codec: str | Codec = "int4",
+        max_cache_size: int | None = None,
+        block_tokens: int = 64,
+        sink_tokens: int = 4,
+        recent_tokens: int = 64,
+        host_bytes: int = 1 << 30,
+        disk_bytes: int = 16 << 30,
+        policy: str = "lru",
+        encryption_key: bytes | None = None,
+        mode: str = "rw",
+        durable: bool = True,
+        revision: str = "",
+        ttl_s: float | None = None,
+        clock: Callable[[], float] = time.time,
+        device: Any = None,
+    ) -> None:
+        from memos.kv.cache import MemosCache
+        from memos.kv.model import shape_of, shape_of_model, tokenizer_digest
+
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"name: a string that is not empty wanted, got {name!r}")
+        if (model is None) == (model_config is None):
+            raise ArgumentError("model, model_config: exactly one of them wanted")
+        if store is not None and path is not None:
+            raise ArgumentError("path, store: at most one of them wanted")
+        if max_cache_size is not None and (type(max_cache_size) is not int or max_cache_size < 1):
+            raise ArgumentError(
+                f"max_cache_size: a number of tokens, at least 1, wanted, got {max_cache_size!r}"
+            )
+        if ttl_s is not None and ttl_s <= 0:
+            raise ArgumentError(f"ttl_s: seconds above 0 wanted, got {ttl_s}")
+        kept = path is not None or (store is not None and store.path is not None)
+        if model is None and kept and not revision:
+            raise ArgumentError(
+                "revision: a name for the weights wanted, since model_config alone does not tell "
+                "two models of one config apart; or pass model="
+            )
+        self.name, self.description = name, description
+        self.max_cache_size, self.ttl_s = max_cache_size, ttl_s
+        self._model, self._config, self._device = model, model_config, device
+        self._shape = shape_of(model_config) if model is None else shape_of_model(model)
+        self._recent_tokens, self._clock = recent_tokens, clock
+        self._options: dict[str, Any] = {
+            "codec": Codec.parse(codec),
+            "block_tokens": block_tokens,
+            "sink_tokens": sink_tokens,
+            "tokenizer": tokenizer_digest(tokenizer),
+            "revision": revision,
+        }
+        MemosCache(  # refuses what it cannot hold, before a folder is made
+            self._current_config(),
+            codec,
+            block_tokens=block_tokens,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
+        )
+        self._lock = threading.Lock()
+        self._has_looked = not self._shape.assumed or not kept
+        self._identity()
+        self._owns_store = store is None
+        self.store = store or KVStore(
+            None if path is None else os.fspath(path),
+            mode=mode,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            policy=policy,
+            encryption_key=encryption_key,
+            clock=clock,
+            durable=durable,
+        )
+        self._tenant = self.store.tenant(tenant)
+
+    def __enter__(self) -> KVCacheMemory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # A chat application.
+
+    def begin(
+        self,
+        session: str,
+        token_ids: Any,
+        *,
+        batch: int = 1,
+        user: str | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> Turn:
+        """Begin a turn: restore the longest verified prefix of the prompt.
+
+        Args:
+            session:   id of the conversation; new or known.
+            token_ids: the whole prompt, all turns so far: a list, or a tensor [n] or [1, n].
+            batch:     rows that generate will run: max(num_beams, num_return_sequences).
+            user:      whose session it is, for ``retrieve("user:ID")``; default: the session.
+            metadata:  JSON items to keep with the session.
+
+        Returns:
+            A Turn: ``model.generate(**turn.inputs, ...)``, then ``turn.commit(output)``.
+
+        Raises:
+            ArgumentError: no tokens, ids outside the vocabulary, or ids that stand for an image
+                or sound, whose K and V the ids do not determine.
+
+        Cost: with 64 blocks of 30 layers restored a few milliseconds, the reading of the blocks
+            included; they are unpacked in the forward pass.
+        """
+        from memos.kv.cache import token_list
+        from memos.kv.turn import Turn
+
+        if not isinstance(session, str) or not session:
+            raise ArgumentError(f"session: a string that is not empty wanted, got {session!r}")
+        if not isinstance(batch, int) or batch < 1:
+            raise ArgumentError(f"batch: at least 1 wanted, got {batch!r}")
+        ids = token_list(token_ids)
+        if not ids:
+            raise ArgumentError("token_ids: at least one token wanted, got none")
+        self._check_ids(ids)
+        items = dict(_checked(metadata), **({} if user is None else {"user_id": user}))
+        device = self._device_of(token_ids)
+        return Turn(self._archive(), session, ids, batch=batch, metadata=items, device=device)
+
+    # The memory, as every memory.
+
+    def add(
+        self, content: Any, metadata: dict[str, Any] | None = None, *, id: str | None = None
+    ) -> MemCube:
+        """Store a cache under a new session.
+
+        Args:
+            content:  a MemosCache that knows its tokens, or {"token_ids": ids, "cache": cache} with
+                any exact transformers cache of one row and the ids it was fed (generate's
+                returned sequence), or a Turn (which is committed).
+            metadata: JSON; "user_id" makes ``retrieve("user:ID")`` find it.
+            id:       of the session; default: a new one.
+
+        Returns:
+            The cube as ``retrieve`` gives it.
+
+        Raises:
+            ArgumentError: a cache without token ids, of another model, or an id that exists.
+        """
+        from memos.kv.turn import Turn
+
+        if isinstance(content, Turn):
+            if id not in (None, content.session):
+                raise ArgumentError(f"id: {content.session!r} wanted as the turn has, got {id!r}")
+            return self._cube(content.commit(metadata=_checked(metadata)))
+        if id is not None and self._tenant.session(id) is not None:
+            raise ArgumentError(f"id: a new one wanted, got {id!r}, which exists; use update")
+        return self._save(id or uuid.uuid4().hex, content, _checked(metadata))
+
+    def retrieve(
+        self, query: Any, limit: int = 5, *, filters: dict[str, Any] | None = None
+    ) -> list[MemCube]:
+        """Sessions with their caches, newest first.
+
+        Args:
+            query:   "user:ID", "session:ID", or token ids: what is stored of their beginning.
+            limit:   at most so many.
+            filters: metadata items that must be equal.
+
+        Returns:
+            Cubes whose content is a MemosCache of their own: changing it changes nothing that is
+            stored. Continue with ``content.inputs(full_ids)``. Empty on a miss.
+        """
+        if limit < 0:
+            raise ArgumentError(f"limit: at least 0 wanted, got {limit}")
+        if not isinstance(query, str):
+            return self._prefix(query)[:limit]
+        kind, _, name = query.partition(":")
+        if kind not in ("user", "session") or not name:
+            raise ArgumentError(
+                f"query: 'user:ID', 'session:ID' or token ids wanted, got {query!r}"
+            )
+        wanted = dict(filters or {})
+        if kind == "user":
+            sessions = self._tenant.sessions(**{**wanted, "user_id": name})
+        else:
+            found = self._tenant.session(name)
+            sessions = [found] if found and wanted.items() <= found.metadata.items() else []
+        cubes: list[MemCube] = []
+        for session in sessions:
+            if len(cubes) == limit:
+                break
+            cube = self._cube(session)
+            if cube.metadata["tokens"]:
+                cubes.append(cube)
+        return cubes
+
+    def update(
+        self, memory_id: str, content: Any = None, metadata: dict[str, Any] | None = None
+    ) -> MemCube:
+        """Replace a session's cache, or add metadata items, or both. Raises NotFoundError."""
+        session = self._tenant.session(memory_id)
+        if session is None:
+            raise NotFoundError(f"memory {self.name!r}: no session {memory_id!r}")
+        items = {**session.metadata, **_checked(metadata)}
+        if content is None:
+            return self._cube(
+                self._tenant.save_session(dataclasses.replace(session, metadata=items))
+            )
+        return self._save(memory_id, content, items)
+
+    def delete(self, memory_id: str) -> None:
+        """Remove a session, and its blocks that no other session uses. Raises NotFoundError."""
+        self._tenant.delete_session(memory_id)
+
+    def pin(self, memory_id: str, pinned: bool = True) -> None:
+        """While a session is pinned its blocks are never evicted. Raises NotFoundError."""
+        self._tenant.pin(memory_id, pinned)
+
+    def stats(self) -> dict[str, Any]:
+        """The store's figures."""
+        return self.store.stats()
+
+    def close(self) -> None:
+        """Close the store, unless it was given."""
+        if self._owns_store:
+            self.store.close()
+
+    # Inside.
+
+    def _current_config(self) -> Any:
+        return self._config if self._model is None else self._model.config
+
+    def _device_of(self, token_ids: Any = None) -> Any:
+        if self._device is not None:
+            return self._device
+        return getattr(self._model, "device", None) or getattr(token_ids, "device", None) or "cpu"
+
+    def _identity(self) -> Any:
+        from memos.kv.model import identity_of, identity_of_config
+
+        if self._model is not None:
+            return identity_of(self._model, **self._options)
+        return identity_of_config(self._config, self._shape, **self._options)
+
+    def _archive(self) -> Archive:
+        from memos.kv.model import shape_of_model
+        from memos.kv.turn import Archive
+
+        with self._lock:
+            if not self._has_looked:
+                self._has_looked = True
+                for session in self._tenant.sessions():
+                    if _LEARNT in session.metadata:
+                        self._shape = self._shape.with_fields(session.metadata[_LEARNT])
+                        break
+            return Archive(
+                tenant=self._tenant,
+                config=self._current_config(),
+                shape=self._shape if self._model is None else shape_of_model(self._model),
+                identity=self._identity(),
+                recent_tokens=self._recent_tokens,
+                max_tokens=self.max_cache_size,
+                ttl_s=self.ttl_s,
+                clock=self._clock,
+            )
+
+    def _check_ids(self, ids: list[int]) -> None:
+        vocab, foreign = self._shape.vocab_size, self._shape.foreign_ids
+        if vocab is not None and max(ids) >= vocab:
+            raise ArgumentError(f"token_ids: ids below {vocab} wanted, got {max(ids)}")
+        if foreign and not foreign.isdisjoint(ids):
+            bad = sorted(foreign.intersection(ids))[0]
+            raise ArgumentError(
+                f"token_ids: text wanted, got {bad}, which stands for an image, video or sound"
+            )
+
+    def _prefix(self, token_ids: Any) -> list[MemCube]:
+        from memos.kv.cache import token_list
+
+        ids, archive = token_list(token_ids), self._archive()
+        restored = archive.restore(ids, None, self._device_of(token_ids))
+        if not restored.tokens:
+            return []
+        key = archive.tenant.block_keys(restored.cache.token_ids, archive.identity)[-1]
+        return [self._made(f"prefix:{key.hex()[:16]}", restored, {}, archive)]
+
+    def _cube(self, session: Session) -> MemCube:
+        archive = self._archive()
+        restored = archive.restore(session.token_ids, session, self._device_of())
+        return self._made(
+            session.id,
+            restored,
+            {k: v for k, v in session.metadata.items() if k != _LEARNT},
+            archive,
+            created_at=session.created_at,
+            updated_at=session.updated_at,
+        )
+
+    def _made(
+        self, id: str, restored: Any, metadata: dict[str, Any], archive: Archive, **fields: Any
+    ) -> MemCube:
+        figures = (
+            restored.tokens,
+            restored.stored_bytes,
+            restored.tokens * archive.shape.token_bytes(),
+        )
+        metadata = {**metadata, **dict(zip(_ON_CUBES, figures, strict=True))}
+        return MemCube(id=id, kind=self.kind, content=restored.cache, metadata=metadata, **fields)
+
+    def _save(self, id: str, content: Any, metadata: dict[str, Any]) -> MemCube:
+        cache = self._cache_of(content)
+        if self._shape.assumed:
+            metadata[_LEARNT] = self._learn(cache)
+        session, _ = self._archive().store(id, cache, metadata)
+        return self._cube(session)
+
+    def _learn(self, cache: MemosCache) -> dict[str, Any]:
+        """Take what was only assumed of the model from a cache of it."""
+        from memos.kv.payload import dims_of
+
+        heads, key, value, dtype = dims_of(cache.stored_layers[0])
+        fields = {"num_kv_heads": heads, "head_dim_k": key, "head_dim_v": value}
+        fields["dtype"] = str(dtype)
+        with self._lock:
+            self._shape = self._shape.with_fields(fields)
+        return {k: v for k, v in fields.items() if k in self._shape.assumed}
+
+    def _cache_of(self, content: Any) -> MemosCache:
+        """A cache of one row that knows its tokens and can be stored."""
+        from memos.kv.cache import MemosCache, token_list
+
+        ids = None
+        if isinstance(content, Mapping):
+            if set(content) != {"token_ids", "cache"}:
+                raise ArgumentError(
+                    f"content: {{'token_ids': ids, 'cache': cache}} wanted, got {sorted(content)}"
+                )
+            ids, content = token_list(content["token_ids"]), content["cache"]
+            self._check_ids(ids or [0])
+        if not hasattr(content, "layers"):
+            raise ArgumentError(f"content: a Cache wanted, got {type(content).__name__}")
+        if ids is None and not (isinstance(content, MemosCache) and content.known_tokens):
+            raise ArgumentError(
+                f"content: a cache that knows its tokens wanted, got a {type(content).__name__} "
+                "without token ids; pass {'token_ids': ids, 'cache': cache}, where ids is the "
+                "sequence that generate returned"
+            )
+        if isinstance(content, MemosCache):
+            if content.batch_size > 1:
+                raise ArgumentError(f"content: a cache of one row wanted, got {content.batch_size}")
+            own: MemosCache = content.copy()
+            if ids is not None:
+                own.set_tokens(ids)
+            if not own.codec.lossless or self._options["codec"].lossless:
+                return own
+            content, ids = own, own.token_ids
+        archive = self._archive()
+        made = MemosCache.from_cache(
+            content,
+            self._current_config(),
+            ids,
+            codec=archive.identity.codec,
+            block_tokens=archive.identity.block_tokens,
+            sink_tokens=archive.identity.sink_tokens,
+            recent_tokens=self._recent_tokens,
+            window_history=True,
+        )
+        if made.batch_size != 1:
+            raise ArgumentError(f"content: a cache of one row wanted, got {made.batch_size}")
+        return made
+
+
+def _checked(metadata: dict[str, Any] | None) -> dict[str, Any]:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise ArgumentError(f"metadata: a dict wanted, got {type(metadata).__name__}")
+    return {k: v for k, v in (metadata or {}).items() if k not in (*_ON_CUBES, _LEARNT)}
