@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memos.kv import Entry, KVIdentity, KVStore, Tenant
+
+if TYPE_CHECKING:
+    import pytest
 
 P = 4
 # One page per frame: small, so that thousands of faults take seconds.
@@ -62,3 +66,10 @@ def disk_bytes(path: Path) -> int:
 
 def misses(store: KVStore) -> int:
     return sum(store.stats()["misses"].values())
+
+
+def report(request: pytest.FixtureRequest, line: str) -> None:
+    """Show a figure in the output of the run."""
+    plugins = request.config.pluginmanager
+    with plugins.get_plugin("capturemanager").global_and_fixture_disabled():
+        plugins.get_plugin("terminalreporter").write_line(line)

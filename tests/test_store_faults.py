@@ -19,7 +19,7 @@ from memos.kv._folder import Folder
 from memos.kv.frame import REASONS, open_payload, parse
 from memos.kv.segment import scan
 
-from .store_help import SMALL, P, entries_for, misses
+from .store_help import SMALL, P, entries_for, misses, report
 
 FRAME = 4096
 KEY = bytes(range(32))
@@ -272,9 +272,10 @@ def test_faults(
     assert {"absent", "header", "payload", "gone", "truncated", "key"} <= set(reasons)
     record_property("faults", faults.total())
     record_property("outcome", dict(outcome))
-    request.config.pluginmanager.get_plugin("terminalreporter").write_line(
-        f"\n{faults.total()} faults ({dict(faults)}): {dict(outcome)}; misses {dict(reasons)}; "
-        "0 wrong"
+    report(
+        request,
+        f"{faults.total()} faults ({dict(faults)}): {dict(outcome)}; misses {dict(reasons)}; "
+        "0 wrong",
     )
 
 

@@ -121,8 +121,9 @@ class FolderLock:
                         "it with mode='r'"
                     ) from None
                 sleep(0.01)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def __del__(self) -> None:
         self.forget()
@@ -178,6 +179,10 @@ def can_punch(folder: Path) -> bool:
     try:
         write_zeros(fd, 0, 8192)
         return punch_hole(fd, 0, 4096)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        return True  # a full disk does not tell; the first eviction will
     finally:
         os.close(fd)
         temp.unlink(missing_ok=True)

@@ -47,7 +47,10 @@ class Folder:
     def lock(self, wait_s: float) -> _files.FolderLock:
         """Make the folder where it is missing and take the writer's lock."""
         with _files.explained("open for writing", self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.path.is_dir():
+                self.path.mkdir(parents=True)
+                if self._durable:
+                    _files.sync_folder(self.path.parent)
             if not (self.path / "FORMAT").exists():
                 names = {n for n in os.listdir(self.path) if not n.startswith(_files.TEMP)}
                 if not names <= _OWN_NAMES:

@@ -15,6 +15,7 @@ from memos import settings
 from memos.errors import StoreError, StoreLockedError
 from memos.kv.frame import ZERO_KEY, Block
 from memos.kv.segment import Record
+from memos.kv.sessions import OpenTables
 from memos.kv.tiers import DiskTier, HostTier
 
 T = TypeVar("T")
@@ -50,7 +51,9 @@ class State:
         self.started_s = time.monotonic()
         self.pinned: Callable[[], set[bytes]] = set  # the store sets it: keys never to evict
         self.closed = False
-        self.read_only_because = "it was opened with mode='r'"
+        self.tables = OpenTables()
+        self._refusal = StoreError
+        self._read_only_because = "it was opened with mode='r'"
         self._expiring: list[tuple[int, bytes]] = []
         self._pool: ThreadPoolExecutor | None = None
 
@@ -63,7 +66,7 @@ class State:
     def check_writable(self) -> None:
         self.check_open()
         if not self.writable:
-            raise StoreLockedError(f"store: a writable store wanted, but {self.read_only_because}")
+            raise self._refusal(f"store: a writable store wanted, but {self._read_only_because}")
 
     # Blocks, wherever they are
 
@@ -155,12 +158,18 @@ class State:
         workers = min(settings.num_threads(), _MAX_THREADS, len(items))
         if workers < 2 or num_bytes < 4 << 20:
             return [run(item) for item in items]
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="memos-kv")
+        with self.lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="memos-kv")
+            pool = self._pool
         step = -(-len(items) // workers)
         parts = [items[i : i + step] for i in range(0, len(items), step)]
-        others = [self._pool.submit(lambda p=part: [run(i) for i in p]) for part in parts[1:]]
-        results = [run(item) for item in parts[0]]
+
+        def run_part(part: Sequence[T]) -> list[R]:
+            return [run(item) for item in part]
+
+        others = [pool.submit(run_part, part) for part in parts[1:]]
+        results = run_part(parts[0])
         for other in others:
             results += other.result()
         return results
@@ -170,10 +179,13 @@ class State:
         self.lock = threading.RLock()
         self.write_lock = threading.RLock()
         self._pool = None
-        self.writable = False
-        self.read_only_because = (
-            f"process {os.getppid()} opened it and this is a fork; open it anew here"
-        )
+        self.tables = OpenTables()
+        if self.disk is not None and self.writable:
+            self.writable = False
+            self._refusal = StoreLockedError
+            self._read_only_because = (
+                f"process {os.getppid()} opened it and this is a fork; open it anew here"
+            )
 
     def close(self) -> None:
         self.closed = True

@@ -14,8 +14,8 @@ from memos.kv._crypto import KEY_BYTES, Buffer, TenantKeys
 from memos.kv._state import State
 from memos.kv.frame import ZERO_KEY, Block, frame_bytes, seal
 from memos.kv.identity import KVIdentity
-from memos.kv.segment import Record, Segment, SegmentWriter
-from memos.kv.tiers import HostBlock, next_segment
+from memos.kv.segment import Record, Segment, SegmentWriter, segment_path
+from memos.kv.tiers import HostBlock
 
 SEGMENT_BYTES = 256 << 20
 
@@ -188,7 +188,6 @@ def _write_segments(
     disk = state.disk
     reserved = sum(frame_bytes(len(item.payload), keys.encrypted) for item in batch)
     limit = SEGMENT_BYTES if disk.can_punch else min(SEGMENT_BYTES, disk.quota_bytes // 8)
-    paths = next_segment(folder)
     waiting = iter(batch)
     item = next(waiting, None)
     try:
@@ -204,16 +203,16 @@ def _write_segments(
                     stored = len(pieces[1])
                     done.append((item, kept, offset, writer.size - offset, stored))
                     item = next(waiting, None)
-                path = next(paths)
+                number = disk.next_number(keys.tenant_id)
+                path = segment_path(folder, number)
                 stamp = writer.publish(path)
             finally:
                 writer.abort()
             with state.lock:
-                number = int(path.stem)
-                segment = Segment(path, keys.tenant_id, number, stamp)
+                segment = Segment(path, keys.tenant_id, stamp)
                 segment.allocated_bytes = writer.size
                 reserved -= writer.size
-                disk.segments[path] = segment
+                disk.add_segment(segment, number)
                 for written, kept, offset, size, stored in done:
                     disk.add(Record(written.block, segment, offset, size, stored))
                     if kept is not None:

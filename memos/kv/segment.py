@@ -27,7 +27,6 @@ class Segment:
 
     path: Path
     tenant: bytes
-    number: int
     stamp: tuple[int, int, int]  # of the file: inode, size, time of change
     allocated_bytes: int = 0  # live frames and garbage
     live: dict[bytes, Record] = field(default_factory=dict)

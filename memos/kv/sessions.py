@@ -51,6 +51,22 @@ class Session:
     pinned: bool = False
 
 
+class OpenTables:
+    """Keeps the number of open connections of one store small. Thread-safe."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: dict[SessionTable, None] = {}  # the longest open first
+
+    def opened(self, table: SessionTable) -> None:
+        with self._lock:
+            self._open[table] = None
+            for other in list(self._open)[: max(0, len(self._open) - self._limit)]:
+                if other is not table and other.close_if_idle():
+                    del self._open[other]
+
+
 class SessionTable:
     """The sessions of one tenant. Thread-safe: one connection behind one lock.
 
@@ -58,8 +74,15 @@ class SessionTable:
     """
 
     def __init__(
-        self, path: Path | None, keys: TenantKeys, *, writable: bool, durable: bool
+        self,
+        path: Path | None,
+        keys: TenantKeys,
+        *,
+        writable: bool,
+        durable: bool,
+        tables: OpenTables,
     ) -> None:
+        self._tables = tables
         self._path = path
         self._keys = keys
         self._writable = writable
@@ -93,7 +116,7 @@ class SessionTable:
             values = found.fetchone() if found else None
         return None if values is None else self._decode(row, *values)
 
-    def list(self, metadata: dict[str, Any]) -> list[Session]:
+    def find(self, metadata: dict[str, Any]) -> list[Session]:
         """All whose metadata has these items, newest first."""
         with self._reading() as db:
             rows = db and db.execute("SELECT id, meta FROM sessions ORDER BY updated_at DESC, id")
@@ -176,9 +199,22 @@ class SessionTable:
                     self._db.close()
                 self._db = None
 
-    def after_fork(self) -> None:
-        """In a child: SQLite must not be used, nor closed, across a fork."""
+    def close_if_idle(self) -> bool:
+        """Close the connection unless someone uses it; the next use opens it again."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self.close()
+        finally:
+            self._lock.release()
+        return True
+
+    def after_fork(self, tables: OpenTables) -> None:
+        """In a child: SQLite must not use files, nor close them, across a fork."""
         self._lock = threading.RLock()
+        self._tables = tables
+        if self._path is None:
+            return
         _abandoned.append(self._db)
         self._db = None
         self._writable = False
@@ -262,6 +298,8 @@ class SessionTable:
             self._inode = inode
         if self._db is None:
             self._db = self._open()
+            if self._path is not None:
+                self._tables.opened(self)
         return self._db
 
     def _open(self) -> sqlite3.Connection:

@@ -70,7 +70,7 @@ class KVStore:
         check_encryption_key(encryption_key)
         self.path = None if path is None else Path(path)
         self._tenants: dict[bytes, Tenant] = {}
-        self._damaged: dict[bytes, StoreError] = {}
+        self._damaged: dict[bytes, str] = {}  # tenants without a usable key, and why
         self._encryption_key = encryption_key
         self._folder: Folder | None = None
         self._folder_lock: _files.FolderLock | None = None
@@ -144,7 +144,7 @@ class KVStore:
             return tenant
         with state.write_lock:
             if id in self._damaged:
-                raise self._damaged[id]
+                raise StoreError(self._damaged[id])
             if tenant is not None:
                 state.forget_tenant(id)  # another process deleted it, and perhaps made it anew
             tenant = self._tenants.get(id) if state.writable else None
@@ -185,7 +185,7 @@ class KVStore:
         except StoreError as error:
             if not self._state.writable:
                 raise
-            self._damaged[id] = error
+            self._damaged[id] = str(error)
             disk.load_unreadable(folder.tenant_folder(id) / "segments", id)
             if name != id.hex():
                 raise
@@ -204,6 +204,7 @@ class KVStore:
         else:
             keys = self._folder.make_tenant(id)
             tenant = Tenant(self._state, name, self._folder.tenant_folder(id), keys)
+            tenant.load()
         self._tenants[id] = tenant
         return tenant
 

@@ -58,7 +58,9 @@ class Tenant:
         self._seen: tuple[int, int] | None = None  # the segment folder when it was last scanned
         self._key_stat = (0, 0)
         path = None if folder is None else folder / "sessions.db"
-        self._sessions = SessionTable(path, keys, writable=state.writable, durable=state.durable)
+        self._sessions = SessionTable(
+            path, keys, writable=state.writable, durable=state.durable, tables=state.tables
+        )
 
     # For the store
 
@@ -71,10 +73,8 @@ class Tenant:
             self._key_stat = _identify(self._folder / "key")
             if state.writable:
                 (self._folder / "segments").mkdir(mode=0o700, exist_ok=True)
-            state.disk.load(self._folder / "segments", self._keys)
-            for record in state.disk.records.values():
-                if record.block.tenant == self.id:
-                    state.note_expiry(record.block)
+            for record in state.disk.load(self._folder / "segments", self._keys):
+                state.note_expiry(record.block)
 
     def parts(self) -> tuple[Path, TenantKeys, SessionTable] | None:
         """What ``verify`` walks."""
@@ -89,7 +89,7 @@ class Tenant:
         self._sessions.close()
 
     def after_fork(self) -> None:
-        self._sessions.after_fork()
+        self._sessions.after_fork(self._state.tables)
 
     def close(self) -> None:
         self._sessions.close()
@@ -131,14 +131,14 @@ class Tenant:
             StoreError: the folder is full or read-only; nothing stored before is lost.
         """
         state = self._state
+        now = state.now_ms()
+        expires = 0 if ttl_s is None else now + max(1, int(ttl_s * 1000))
+        items = [
+            check_entry(f"entries[{i}]", entry, identity, self._keys, now, expires)
+            for i, entry in enumerate(entries)
+        ]
         with self._writing("store blocks"):
-            now = state.now_ms()
-            expires = 0 if ttl_s is None else now + max(1, int(ttl_s * 1000))
             self._sweep_sessions_when_due()
-            items = [
-                check_entry(f"entries[{i}]", entry, identity, self._keys, now, expires)
-                for i, entry in enumerate(entries)
-            ]
             state.sweep(now)
             folder = None if self._folder is None else self._folder / "segments"
             return write_blocks(state, folder, items, identity, self._keys)
@@ -209,7 +209,7 @@ class Tenant:
             count = state.destroy(mine, wipe=True)
             if state.disk is not None and self._folder is not None:
                 # A damaged frame may be one of those: its key is not known any more.
-                state.disk.reclaim(self._folder / "segments", wipe=True)
+                state.disk.reclaim(self.id, wipe=True)
         return count
 
     # Sessions
@@ -237,7 +237,7 @@ class Tenant:
     def sessions(self, **metadata: Any) -> list[Session]:
         """Sessions whose metadata has all these items, newest first."""
         self._state.check_open()
-        return [s for s in self._sessions.list(metadata) if self._is_current(s)]
+        return [s for s in self._sessions.find(metadata) if self._is_current(s)]
 
     def delete_session(self, id: str) -> int:
         """Remove a session and the blocks that no other session uses; returns how many blocks.

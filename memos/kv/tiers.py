@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from memos.kv._arena import Arena
 from memos.kv._crypto import TenantKeys
 from memos.kv.frame import ALIGN, Block, Header, block_of
 from memos.kv.policy import Policy
-from memos.kv.segment import Record, Segment, scan, segment_number, segment_path, stamp_of
+from memos.kv.segment import Record, Segment, scan, segment_number, stamp_of
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +95,7 @@ class DiskTier:
         self.durable = durable
         self.records: dict[bytes, Record] = {}
         self.segments: dict[Path, Segment] = {}
+        self._last_numbers: dict[bytes, int] = {}  # of a tenant's segments; never used again
         self.can_punch = True
         self.evictions = 0
 
@@ -117,12 +118,12 @@ class DiskTier:
                     if known.stamp == stamp_of(stat):
                         continue
                     self.forget_segment(known)
-                segment = Segment(path, keys.tenant_id, number, stamp_of(stat))
-                self.segments[path] = segment
+                segment = Segment(path, keys.tenant_id, stamp_of(stat))
+                self.add_segment(segment, number)
                 found += self._scan(fd, segment, keys)
             finally:
                 os.close(fd)
-        for segment in [s for s in self.segments.values() if s.path.parent == folder]:
+        for segment in [s for s in self.segments.values() if s.tenant == keys.tenant_id]:
             if segment.path not in present:
                 self.forget_segment(segment)
         return [r for r in found if self.records.get(r.block.key) is r]
@@ -150,10 +151,19 @@ class DiskTier:
         """Count the bytes of segments whose key is lost; they go only with their tenant."""
         for number, path in list_segments(folder):
             stat = path.stat()
-            segment = Segment(path, tenant, number, stamp_of(stat))
+            segment = Segment(path, tenant, stamp_of(stat))
             segment.allocated_bytes = 512 * stat.st_blocks
             self.used_bytes += segment.allocated_bytes
-            self.segments[path] = segment
+            self.add_segment(segment, number)
+
+    def add_segment(self, segment: Segment, number: int) -> None:
+        self.segments[segment.path] = segment
+        last = self._last_numbers.get(segment.tenant, 0)
+        self._last_numbers[segment.tenant] = max(last, number)
+
+    def next_number(self, tenant: bytes) -> int:
+        """The number of a tenant's next segment."""
+        return self._last_numbers.get(tenant, 0) + 1
 
     def tidy(self) -> None:
         """Unlink segments of which nothing is left."""
@@ -213,10 +223,10 @@ class DiskTier:
         for path, freed in ranges.items():
             self._free(self.segments[path], freed, wipe)
 
-    def reclaim(self, folder: Path | None = None, *, wipe: bool = False) -> None:
-        """Free all garbage, or that of one tenant's segment folder."""
+    def reclaim(self, tenant: bytes | None = None, *, wipe: bool = False) -> None:
+        """Free all garbage, or that of one tenant."""
         for segment in list(self.segments.values()):
-            if segment.garbage and folder in (None, segment.path.parent):
+            if segment.garbage and tenant in (None, segment.tenant):
                 self._free(segment, list(segment.garbage), wipe)
 
     def _free(self, segment: Segment, ranges: list[tuple[int, int]], wipe: bool) -> None:
@@ -313,12 +323,3 @@ def list_segments(folder: Path) -> list[tuple[int, Path]]:
         return []
     numbers = ((segment_number(name), name) for name in names)
     return sorted((number, folder / name) for number, name in numbers if number is not None)
-
-
-def next_segment(folder: Path) -> Iterator[Path]:
-    """Paths for new segments, numbered after those that are there."""
-    present = list_segments(folder)
-    number = present[-1][0] if present else 0
-    while True:
-        number += 1
-        yield segment_path(folder, number)
