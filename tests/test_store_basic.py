@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memos.errors import ArgumentError, NotFoundError, QuotaError, StoreError
+from memos.errors import ArgumentError, BackendError, NotFoundError, QuotaError, StoreError
 from memos.kv import Entry, KVIdentity, KVStore, Session
 
 from .store_help import SMALL, P, check_get, disk_bytes, entries_for, keys_of, segments
@@ -570,3 +570,108 @@ def test_threads(tmp_path: Path) -> None:
         assert store.verify().is_clean
         bad = {"absent", "gone", "header", "key"}
         assert set(store.stats()["misses"]) <= bad, "a frame may vanish between look-up and read"
+
+
+@pytest.mark.parametrize("encryption_key", [None, KEY], ids=["plain", "encrypted"])
+def test_large_blocks_on_threads(
+    tmp_path: Path, encryption_key: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path with huge pages and several threads, with one bad frame among good ones."""
+    monkeypatch.setenv("MEMOS_THREADS", "3")
+    identity = KVIdentity("m", 8, 4, 64, 64, "bfloat16", "int8-g64")
+    with KVStore(tmp_path / "s", encryption_key=encryption_key, durable=False) as store:
+        tenant = store.tenant()
+        entries = entries_for(tenant, range(40 * 64 + 5), identity)
+        assert tenant.put(entries, identity) == 41
+        offset = 30 * (store.stats()["disk"]["bytes"] // 41)
+    for host_bytes in (1 << 30, 12 << 20, 1 << 20, 0):
+        with KVStore(
+            tmp_path / "s", mode="r", host_bytes=host_bytes, encryption_key=encryption_key
+        ) as store:
+            tenant = store.tenant()
+            for _ in range(3):
+                assert check_get(tenant, entries, identity) == 41
+                assert store.stats()["host"]["bytes"] <= host_bytes
+            assert (store.stats()["host"]["hits"] > 0) == (host_bytes > 0)
+    (path,) = segments(tmp_path / "s")
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+    with KVStore(tmp_path / "s", encryption_key=encryption_key, durable=False) as store:
+        tenant = store.tenant()
+        assert 25 <= check_get(tenant, entries, identity) < 35
+        assert store.verify().bad.total() == 1
+        assert sum(store.stats()["misses"].values()) == 1
+        assert tenant.put(entries, identity) == 1
+        assert check_get(tenant, entries, identity) == 41
+
+
+def test_the_same_block_twice_in_one_put(kind: str, tmp_path: Path) -> None:
+    with open_store(kind, tmp_path) as store:
+        tenant = store.tenant()
+        entries = entries_for(tenant, range(2 * P))
+        assert tenant.put([*entries, *entries], SMALL) == 2
+        assert tenant.put([], SMALL) == 0
+        assert check_get(tenant, entries) == 2
+
+
+def test_payloads_are_any_buffer_and_are_copied(tmp_path: Path) -> None:
+    with KVStore(tmp_path / "s", durable=False) as store:
+        tenant = store.tenant()
+        entries = entries_for(tenant, range(3 * P))
+        buffers = [bytearray(entry.payload) for entry in entries]
+        views = [memoryview(buffer) for buffer in buffers]
+        wide = memoryview(bytes(entries[1].payload)).cast("B", [7, 16])
+        given = [
+            dataclasses.replace(entries[0], payload=buffers[0]),
+            dataclasses.replace(entries[1], payload=wide),
+            dataclasses.replace(entries[2], payload=views[2]),
+        ]
+        assert tenant.put(given, SMALL) == 3
+        for buffer in buffers:
+            buffer[:] = bytes(len(buffer))
+        assert check_get(tenant, entries) == 3
+        strided = memoryview(bytes(2 * len(buffers[1])))[::2]
+        with pytest.raises(ArgumentError, match="contiguous"):
+            tenant.put([dataclasses.replace(entries[1], payload=strided)], SMALL)
+
+
+def test_encryption_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers.aead", None)
+    with pytest.raises(BackendError, match=r"memos-native\[crypto\]"):
+        KVStore(tmp_path / "s", encryption_key=KEY)
+    KVStore(tmp_path / "s").close()
+
+
+def test_many_tenants_keep_few_files_open(tmp_path: Path) -> None:
+    with KVStore(tmp_path / "s", durable=False) as store:
+        for round in range(2):
+            for i in range(70):
+                tenant = store.tenant(f"user {i}")
+                assert len(tenant.sessions()) == round
+                tenant.save_session(Session("s", [i], SMALL.digest, []))
+        assert len(os.listdir("/proc/self/fd")) < 64 * 3 + 60
+        assert store.stats()["tenants"] == 70
+        assert all(store.tenant(f"user {i}").session("s") for i in range(70))
+
+
+def test_verify_reports_progress_and_places(tmp_path: Path) -> None:
+    with KVStore(tmp_path / "s", durable=False) as store:
+        tenant = store.tenant()
+        entries = entries_for(tenant, range(5 * P))
+        tenant.put(entries, SMALL)
+        (path,) = segments(tmp_path / "s")
+        with open(path, "r+b") as file:
+            file.seek(2 * FRAME + 600)
+            file.write(b"!")
+            file.seek(4 * FRAME)
+            file.write(b"!")
+        seen: list[tuple[int, int]] = []
+        found = store.verify(lambda done, total: seen.append((done, total)))
+        assert found.ok == 3
+        assert found.bad == {"payload": 1, "header": 1}
+        assert found.places == [(str(path), 2 * FRAME, "payload"), (str(path), 4 * FRAME, "header")]
+        assert seen == sorted(seen)
+        assert seen[-1] == (5 * FRAME, 5 * FRAME)
