@@ -1,0 +1,60 @@
+"""The bench harness: rows are shown, JSON carries its provenance, a part overwrites nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+BENCHMARK = """
+import pytest
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_double(benchmark, size):
+    benchmark.pedantic(lambda: size * 2, rounds=3)
+    benchmark.extra_info.update(op="double", size=size, share_of_copy=0.5, isa="abacus")
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in ("__init__.py", "conftest.py", "report.py"):
+        shutil.copy(ROOT / "benchmarks" / name, folder)
+    (folder / "test_double.py").write_text(BENCHMARK)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -q\n")
+    return tmp_path
+
+
+def bench(tree: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", *arguments]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_rows_become_a_table_and_json(tree: Path) -> None:
+    shown = bench(tree)
+    assert "double: " in shown
+    assert shown.count("50.0%") == 2
+    result = json.loads((tree / "benchmarks/results/double.json").read_text())
+    assert [row["size"] for row in result["rows"]] == [1, 2]
+    assert {"cpu", "cores", "isa"} <= set(result["machine"])
+    assert {"commit", "dirty", "date", "versions"} <= set(result)
+    assert {"python", "torch", "transformers"} <= set(result["versions"])
+
+
+def test_a_part_overwrites_nothing(tree: Path) -> None:
+    bench(tree)
+    path = tree / "benchmarks/results/double.json"
+    before = path.read_bytes()
+    for part in (["-k", "1"], ["benchmarks/test_double.py::test_double[2]"]):
+        assert "a part of double ran" in bench(tree, *part)
+        assert path.read_bytes() == before
