@@ -675,3 +675,37 @@ def test_verify_reports_progress_and_places(tmp_path: Path) -> None:
         assert found.places == [(str(path), 2 * FRAME, "payload"), (str(path), 4 * FRAME, "header")]
         assert seen == sorted(seen)
         assert seen[-1] == (5 * FRAME, 5 * FRAME)
+
+
+def test_a_damaged_session_table_does_not_stop_others(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with KVStore(path, durable=False) as store:
+        tenant = store.tenant("ada")
+        tenant.put(entries_for(tenant, range(3 * P)), SMALL)
+        tenant.save_session(Session("s", [1], SMALL.digest, []))
+    next(path.rglob("sessions.db")).write_bytes(b"no database" * 1000)
+    with KVStore(path, disk_bytes=4 * FRAME, durable=False) as store:
+        assert check_get(store.tenant("ada"), entries_for(store.tenant("ada"), range(3 * P))) == 3
+        bob = store.tenant("bob")
+        assert bob.put(entries_for(bob, range(4 * P)), SMALL) == 4
+        assert bob.sessions() == []
+        assert store.verify().bad == {"session": 1}
+        with pytest.raises(StoreError, match="not a database"):
+            store.tenant("ada").save_session(Session("t", [1], SMALL.digest, []))
+
+
+def test_memory_holds_nothing_that_left_the_disk(tmp_path: Path) -> None:
+    with KVStore(tmp_path / "s", disk_bytes=5 * FRAME, durable=False) as store:
+        tenant = store.tenant()
+        for c in range(6):
+            tenant.put(entries_for(tenant, range(1000 * c, 1000 * c + 3 * P)), SMALL)
+            stats = store.stats()
+            assert stats["host"]["blocks"] == stats["disk"]["blocks"]
+
+
+def test_ttl_is_checked(tmp_path: Path) -> None:
+    with KVStore(None) as store:
+        tenant = store.tenant()
+        for ttl_s in (0, -1, float("nan"), float("inf"), 1e15):
+            with pytest.raises(ArgumentError, match="ttl_s"):
+                tenant.put(entries_for(tenant, range(P)), SMALL, ttl_s=ttl_s)

@@ -41,6 +41,11 @@ def explained(what: str, path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: cannot {what}: {why} ({code}: {error.strerror})") from error
 
 
+def sync_data(fd: int) -> None:
+    """Make what was written survive a power cut."""
+    getattr(os, "fdatasync", os.fsync)(fd)  # macOS has no fdatasync
+
+
 def sync_folder(path: Path) -> None:
     """Make renames and removals in this folder survive a power cut."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -131,7 +136,8 @@ class FolderLock:
     def release(self) -> None:
         """Give the lock back."""
         if self._fd >= 0:
-            os.ftruncate(self._fd, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, 0)
             self.forget()
 
     def forget(self) -> None:

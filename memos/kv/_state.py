@@ -41,6 +41,8 @@ class State:
     ) -> None:
         self.host = host
         self.disk = disk
+        if disk is not None:
+            disk.on_evict = host.remove  # memory only repeats what is on disk
         self.writable = writable
         self.durable = durable
         self.clock = clock
@@ -52,7 +54,7 @@ class State:
         self.pinned: Callable[[], set[bytes]] = set  # the store sets it: keys never to evict
         self.closed = False
         self.tables = OpenTables()
-        self._refusal = StoreError
+        self._refusal: type[StoreError] = StoreError
         self._read_only_because = "it was opened with mode='r'"
         self._expiring: list[tuple[int, bytes]] = []
         self._pool: ThreadPoolExecutor | None = None

@@ -86,7 +86,7 @@ class SegmentWriter:
     def publish(self, path: Path) -> tuple[int, int, int]:
         """Put the segment in place; returns its stamp."""
         if self._durable:
-            os.fdatasync(self._fd)
+            _files.sync_data(self._fd)
         stamp = stamp_of(os.fstat(self._fd))
         os.rename(self._temp, path)
         try:

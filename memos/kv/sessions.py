@@ -262,7 +262,9 @@ class SessionTable:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except StoreError:
+            raise
+        except (sqlite3.Error, OSError) as error:
             where = self._path or "sessions in memory"
             raise StoreError(f"{where}: the table of sessions refused: {error}") from error
 

@@ -166,14 +166,15 @@ class KVStore:
             tenant = self._tenants.get(id)
             if tenant is None and id not in self._damaged:
                 raise NotFoundError(f"tenant {name!r}: not there")
-            if folder is not None:
-                with _files.explained("delete a tenant", folder.path):
-                    folder.remove_tenant(id)
+            # Whatever happens to the folder: if it is still there, tenant() loads it anew.
             self._damaged.pop(id, None)
             self._tenants.pop(id, None)
             state.forget_tenant(id)
             if tenant is not None:
                 tenant.mark_deleted()
+            if folder is not None:
+                with _files.explained("delete a tenant", folder.path):
+                    folder.remove_tenant(id)
 
     def _load_tenant(self, id: bytes, name: str) -> Tenant | None:
         """The tenant in the folder, its segments scanned; None when there is none."""
@@ -261,9 +262,9 @@ class KVStore:
         self.refresh()
         tenants = [t.parts() for t in list(self._tenants.values())]
         report = verify_tenants([part for part in tenants if part is not None], progress)
-        for id in self._damaged if self._folder else ():
-            assert self._folder is not None
-            report.add_bad(self._folder.tenant_folder(id) / "key", 0, "key file")
+        if self._folder is not None:
+            for id in self._damaged:
+                report.add_bad(self._folder.tenant_folder(id) / "key", 0, "key file")
         return report
 
     def sweep(self) -> int:
@@ -299,13 +300,13 @@ class KVStore:
                 if self._folder_lock is not None:
                     self._folder_lock.release()
 
-    def _before_fork(self) -> None:
+    def _lock_for_fork(self) -> None:
         self._state.lock.acquire()
 
-    def _after_fork_in_parent(self) -> None:
+    def _unlock_after_fork(self) -> None:
         self._state.lock.release()
 
-    def _after_fork_in_child(self) -> None:
+    def _become_child(self) -> None:
         self._state.after_fork()
         for tenant in self._tenants.values():
             tenant.after_fork()
@@ -314,19 +315,30 @@ class KVStore:
 
 
 _stores: weakref.WeakSet[KVStore] = weakref.WeakSet()
+_forking: list[KVStore] = []
 
 
-def _each(method: Callable[[KVStore], None]) -> Callable[[], None]:
-    def run() -> None:
-        for store in list(_stores):
-            method(store)
+def _before_fork() -> None:
+    _forking[:] = list(_stores)
+    for store in _forking:
+        store._lock_for_fork()
 
-    return run
+
+def _after_fork_in_parent() -> None:
+    for store in _forking:
+        store._unlock_after_fork()
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    for store in _forking:
+        store._become_child()
+    _forking.clear()
 
 
 # The indexes are whole at a fork, and the child does not take the parent's lock for its own.
 os.register_at_fork(
-    before=_each(KVStore._before_fork),
-    after_in_parent=_each(KVStore._after_fork_in_parent),
-    after_in_child=_each(KVStore._after_fork_in_child),
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
 )

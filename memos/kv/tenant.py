@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memos.errors import ArgumentError, NotFoundError
+from memos.errors import ArgumentError, NotFoundError, StoreError
 from memos.kernels.hashing import hash_blocks
 from memos.kv import _files
 from memos.kv._crypto import Buffer, TenantKeys
@@ -21,7 +21,8 @@ from memos.kv.frame import ZERO_KEY
 from memos.kv.identity import KVIdentity
 from memos.kv.sessions import Session, SessionTable
 
-_TICK_NS = 200_000_000
+_TICK_NS = 200_000_000  # a folder's time of change may lag behind the clock by less than this
+_LONGEST_TTL_S = 10**12
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ class Tenant:
             StoreError: the folder is full or read-only; nothing stored before is lost.
         """
         state = self._state
+        if ttl_s is not None and not 0 < ttl_s < _LONGEST_TTL_S:
+            raise ArgumentError(f"ttl_s: more than 0, at most {_LONGEST_TTL_S} wanted, got {ttl_s}")
         now = state.now_ms()
         expires = 0 if ttl_s is None else now + max(1, int(ttl_s * 1000))
         items = [
@@ -231,13 +234,14 @@ class Tenant:
     def session(self, id: str) -> Session | None:
         """The session of this id; None when there is none, it expired or its row is damaged."""
         self._state.check_open()
-        found = self._sessions.load(id)
+        found = None if self._deleted else self._sessions.load(id)
         return found if found is not None and self._is_current(found) else None
 
     def sessions(self, **metadata: Any) -> list[Session]:
         """Sessions whose metadata has all these items, newest first."""
         self._state.check_open()
-        return [s for s in self._sessions.find(metadata) if self._is_current(s)]
+        found = [] if self._deleted else self._sessions.find(metadata)
+        return [session for session in found if self._is_current(session)]
 
     def delete_session(self, id: str) -> int:
         """Remove a session and the blocks that no other session uses; returns how many blocks.
@@ -275,9 +279,12 @@ class Tenant:
             self.sweep_sessions()
 
     def pinned_keys(self) -> set[bytes]:
-        """Keys of the blocks of pinned sessions."""
+        """Keys of the blocks of pinned sessions; none where the table of sessions is damaged."""
         if self._pinned is None:
-            self._pinned = self._sessions.pinned_keys()
+            try:
+                self._pinned = self._sessions.pinned_keys()
+            except StoreError:  # reported to whoever asks for sessions; others can go on storing
+                return set()
         return self._pinned
 
     def _delete_session(self, id: str, keys: list[bytes]) -> int:

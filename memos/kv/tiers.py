@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,7 @@ class DiskTier:
         self._last_numbers: dict[bytes, int] = {}  # of a tenant's segments; never used again
         self.can_punch = True
         self.evictions = 0
+        self.on_evict: Callable[[bytes], object] = lambda key: None
 
     # Loading
 
@@ -233,6 +234,8 @@ class DiskTier:
         if not segment.live:
             self.unlink(segment)
             return
+        if not self.can_punch and not wipe:
+            return
         try:
             fd = os.open(segment.path, os.O_RDWR)
         except FileNotFoundError:  # removed by hand
@@ -251,7 +254,7 @@ class DiskTier:
                     continue
                 segment.garbage.remove((offset, num_bytes))
             if wipe and self.durable:
-                os.fdatasync(fd)
+                _files.sync_data(fd)
         finally:
             os.close(fd)
 
@@ -299,6 +302,7 @@ class DiskTier:
             chosen.append(record)
             need -= record.frame_bytes
             self.discard(record)
+            self.on_evict(key)
         self.evictions += len(chosen)
         self.reclaim()
 
@@ -310,8 +314,8 @@ class DiskTier:
             segment = self.records[key].segment
             if segment not in kept:
                 self.evictions += len(segment.live)
-                for record in list(segment.live.values()):
-                    self.discard(record)
+                for other in list(segment.live):
+                    self.on_evict(other)
                 self.unlink(segment)
 
 
