@@ -372,3 +372,28 @@ def test_encrypted_frames_are_bound_to_their_header(tmp_path: Path) -> None:
     header = parse(forged, keys)
     assert not isinstance(header, str)
     assert open_payload(header, forged, keys) == "payload"
+
+
+@pytest.mark.parametrize("encryption_key", [None, KEY], ids=["plain", "encrypted"])
+def test_every_bit_of_header_and_payload_counts(
+    tmp_path: Path, encryption_key: bytes | None
+) -> None:
+    with KVStore(tmp_path / "s", encryption_key=encryption_key, durable=False) as store:
+        tenant = store.tenant()
+        tenant.put(entries_for(tenant, range(P)), SMALL)
+        keys = Folder(tmp_path / "s", encryption_key, False).load_keys(tenant.id)
+        assert keys is not None
+    (path,) = (tmp_path / "s").rglob("*.kvs")
+    data = bytearray(path.read_bytes())
+    header = parse(data, keys)
+    assert not isinstance(header, str)
+    for bit in range(8 * (512 + header.stored_bytes)):
+        data[bit // 8] ^= 1 << bit % 8
+        changed = parse(data, keys)
+        if bit < 8 * 512:
+            assert changed == "header"
+        else:
+            assert changed == header
+            assert open_payload(header, data, keys) == "payload"
+        data[bit // 8] ^= 1 << bit % 8
+    assert not isinstance(open_payload(header, data, keys), str)
