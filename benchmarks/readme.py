@@ -1,0 +1,98 @@
+"""The README's table of figures, made from benchmarks/results/*.json: nobody types a figure.
+
+    python -m benchmarks.readme           rewrite the table
+    python -m benchmarks.readme --check   exit 1 when it is not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from benchmarks.report import RESULTS, ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
+
+
+def load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def pick(name: str, **wanted: Any) -> dict[str, Any]:
+    """The one row of a result with these values."""
+    rows = [r for r in load(name)["rows"] if all(r.get(k) == v for k, v in wanted.items())]
+    if len(rows) != 1:
+        raise SystemExit(f"{name}: one row with {wanted} wanted, got {len(rows)}")
+    return rows[0]
+
+
+def share(op: str, codec: str = "", threads: int = 1) -> str:
+    row = pick("kernels", op=op, codec=codec, threads=threads, case="8x128", layout="transformers",
+               backend="cpu", isa="avx512", call="kernel")  # fmt: skip
+    return f"{row['share_of_copy']:.0%}"
+
+
+def restore(context: int, codec: str, dtype: str = "bfloat16") -> dict[str, Any]:
+    return pick("kv_restore", context=context, codec=codec, dtype=dtype)
+
+
+def table() -> str:
+    lines = [
+        "| | cold | warm in memory | restored | cut |",
+        "|---|---|---|---|---|",
+    ]
+    for context in (1024, 4096):
+        for codec in ("int4", "raw"):
+            r = restore(context, codec)
+            lines.append(
+                f"| first logits, {context:,} tokens, {codec} | {r['ttft_cold_s']:.2f} s "
+                f"| {1000 * r['ttft_warm_s']:.0f} ms | {1000 * r['ttft_restored_s']:.0f} ms "
+                f"| {r['cut']:.1%} |"
+            )
+    lines += ["", "| codec | bits, all overhead | smaller than bf16 | KL to the exact cache | top-1 |"]
+    lines += ["|---|---|---|---|---|"]
+    for r in load("kv_quality")["rows"]:
+        lines.append(
+            f"| {r['codec']} | {r['bits']:.2f} | {r['ratio']:.2f}x | {r['kl']:.2g} | {r['top1']:.1%} |"
+        )
+    lines += ["", "| one thread, AVX-512, share of memcpy | raw | int8 | int4 | int4, rotated |"]
+    lines += ["|---|---|---|---|---|"]
+    for op in ("pack_kv", "unpack_kv"):
+        cells = [share(op, c) for c in ("raw", "int8-g64", "int4-g64", "int4-g64-rot")]
+        lines.append(f"| `{op}` | {' | '.join(cells)} |")
+    for op in ("gather_blocks", "write_blocks"):
+        lines.append(f"| `{op}` | {share(op)} | | | |")
+    results = [load(name) for name in ("kernels", "kv_restore", "kv_quality")]
+    machine = results[0]["machine"]
+    commits = ", ".join(dict.fromkeys(str(r["commit"])[:10] for r in results))
+    lines += [
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; torch "
+        f"{results[0]['versions']['torch']}, transformers {results[0]['versions']['transformers']}; "
+        f"commit {commits}; {results[0]['date'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def rendered(readme: str) -> str:
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def main() -> int:
+    have = README.read_text(encoding="utf-8")
+    want = rendered(have)
+    if "--check" in sys.argv:
+        if have != want:
+            print("README.md: its figures are not those of benchmarks/results; run this without --check")
+        return int(have != want)
+    README.write_text(want, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
