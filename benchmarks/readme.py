@@ -1,7 +1,7 @@
 """The README's table of figures, made from benchmarks/results/*.json: nobody types a figure.
 
-    python -m benchmarks.readme           rewrite the table
-    python -m benchmarks.readme --check   exit 1 when it is not what the results say
+python -m benchmarks.readme           rewrite the table
+python -m benchmarks.readme --check   exit 1 when it is not what the results say
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def table() -> str:
                 f"| {1000 * r['ttft_warm_s']:.0f} ms | {1000 * r['ttft_restored_s']:.0f} ms "
                 f"| {r['cut']:.1%} |"
             )
-    lines += ["", "| codec | bits, all overhead | smaller than bf16 | KL to the exact cache | top-1 |"]
+    lines += ["", "| codec | bits, all overhead | beside bf16 | KL to the exact cache | top-1 |"]
     lines += ["|---|---|---|---|---|"]
     for r in load("kv_quality")["rows"]:
         lines.append(
-            f"| {r['codec']} | {r['bits']:.2f} | {r['ratio']:.2f}x | {r['kl']:.2g} | {r['top1']:.1%} |"
+            f"| {r['codec']} | {r['bits']:.2f} | {r['ratio']:.2f}x smaller | {r['kl']:.2g} "
+            f"| {r['top1']:.1%} |"
         )
     lines += ["", "| one thread, AVX-512, share of memcpy | raw | int8 | int4 | int4, rotated |"]
     lines += ["|---|---|---|---|---|"]
@@ -70,8 +71,9 @@ def table() -> str:
     commits = ", ".join(dict.fromkeys(str(r["commit"])[:10] for r in results))
     lines += [
         "",
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; torch "
-        f"{results[0]['versions']['torch']}, transformers {results[0]['versions']['transformers']}; "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; "
+        f"torch {results[0]['versions']['torch']}, "
+        f"transformers {results[0]['versions']['transformers']}; "
         f"commit {commits}; {results[0]['date'][:10]}.",
     ]
     return "\n".join(lines)
@@ -88,7 +90,7 @@ def main() -> int:
     want = rendered(have)
     if "--check" in sys.argv:
         if have != want:
-            print("README.md: its figures are not those of benchmarks/results; run this without --check")
+            print("README.md: its figures are not those of benchmarks/results; run without --check")
         return int(have != want)
     README.write_text(want, encoding="utf-8")
     return 0

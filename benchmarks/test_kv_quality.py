@@ -24,7 +24,7 @@ torch = pytest.importorskip("torch", reason="the model is a torch model")
 from benchmarks import model as real  # noqa: E402
 
 SEGMENTS, CONTEXT, LENGTH = 10, 768, 1024
-CODECS = ("raw", "int8", "fp8", "int4", "int4-g64", "int4-g32-rot", "k:int4-g64-rot,v:int2-g32-rot", "int2")
+CODECS = ("raw", "int8", "fp8", "int4", "int4-g64", "int4-g32-rot", "int2")
 
 
 @functools.lru_cache(maxsize=1)

@@ -155,7 +155,9 @@ def run_process(number: int, args: argparse.Namespace) -> None:
         state = json.loads(state_file.read_text())
         questions = QUESTIONS[1:]
     memory = Path(args.folder) / "memory"
-    with KVCacheMemory("demo", model=model, tokenizer=tokenizer, path=memory, codec=args.codec) as kv:
+    with KVCacheMemory(
+        "demo", model=model, tokenizer=tokenizer, path=memory, codec=args.codec
+    ) as kv:
         for question in questions:
             console.print(f"[bold]user[/]  {question}")
             state["messages"].append({"role": "user", "content": question})

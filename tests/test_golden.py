@@ -1,6 +1,6 @@
-"""Bytes that were written once stay readable: the codecs' output on fixed numbers, kept in the tree.
+"""Bytes written once stay readable: the codecs' output on fixed numbers, kept in the tree.
 
-    python tests/test_golden.py     write tests/golden/codecs.json anew (a new format version!)
+``python tests/test_golden.py`` writes tests/golden/codecs.json anew: that is a new format version.
 """
 
 from __future__ import annotations

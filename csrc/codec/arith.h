@@ -1,4 +1,5 @@
-// The arithmetic of the codecs, once: g++ compiles it for vectors of lanes, nvcc for single numbers.
+// The arithmetic of the codecs, once: g++ compiles it for vectors of lanes, nvcc for single
+// numbers.
 //
 // F is float or a vector of floats, U the unsigned integer (vector) of the same lanes. Only +, -,
 // *, comparisons and bit operations are used, each rounded on its own (-ffp-contract=off, __f*_rn),

@@ -33,12 +33,12 @@ MEMOS_HD i64 num_groups(i64 n, i64 group) { return (n + group - 1) / group; }
 //   zeros   fp16, the same shape (not for fp8); padded to 16 bytes
 // raw: the numbers themselves, [H][P][D].
 struct Section {
-  i64 row_bytes;       // codes of one token of one head
-  i64 groups;          // scales of one head
-  i64 scales_at;       // offset of the scales
-  i64 zeros_at;        // offset of the zeros
-  i64 bytes;           // of the whole section
-  i64 padding_at[2];   // padding bytes: [padding_at[0], scales_at) and [padding_at[1], bytes)
+  i64 row_bytes;      // codes of one token of one head
+  i64 groups;         // scales of one head
+  i64 scales_at;      // offset of the scales
+  i64 zeros_at;       // offset of the zeros
+  i64 bytes;          // of the whole section
+  i64 padding_at[2];  // padding bytes: [padding_at[0], scales_at) and [padding_at[1], bytes)
 };
 
 MEMOS_HD Section section_of(const Scheme& s, i64 P, i64 H, i64 D, i64 dtype, bool per_channel) {

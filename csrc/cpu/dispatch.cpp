@@ -9,7 +9,8 @@ namespace {
 
 const Kernels* const kTable[] = {
 #if defined(MEMOS_X86)
-    &kAvx512, &kAvx2,
+    &kAvx512,
+    &kAvx2,
 #endif
     &kBaseline,
 };

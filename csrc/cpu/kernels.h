@@ -17,11 +17,11 @@ struct LayerView {
 
 // One call of pack_kv or unpack_kv. memos/kernels/kv.py builds it, field by field as int64.
 struct KvCall {
-  i64 layers;     // address of LayerView[L]
+  i64 layers;  // address of LayerView[L]
   i64 L;
   i64 block_ids;  // address of int64[M], each in [0, N)
   i64 M;
-  i64 rows;       // address of int64[M]: where the packed bytes of block m begin, [L][row_bytes]
+  i64 rows;  // address of int64[M]: where the packed bytes of block m begin, [L][row_bytes]
   i64 N, P, H, Dk, Dv, dtype;
   i64 k_kind, k_group, k_rotate;
   i64 v_kind, v_group, v_rotate;

@@ -21,7 +21,8 @@ constexpr i64 kBf16Streamed = 4;
 constexpr i64 kTokensAtOnce = 16;  // of a V section: bounds the tables on the stack
 constexpr i64 kTileTokens = 64;    // of a rotated K section: the largest group
 constexpr i64 kMaxGroups = kMaxHeadDim / 32;
-// Beyond this many bytes the caches do not hold what is written: storing past them saves reading it.
+// Beyond this many bytes the caches do not hold what is written: storing past them saves reading
+// it.
 constexpr i64 kStreamFrom = 8 << 20;
 
 // Rows of numbers to encode, token_bytes apart. `next` lie the rows that follow: one of them is
@@ -98,8 +99,8 @@ constexpr float levels_of() {
 
 // Codes of 2W channels, in the low bits of the lanes, to bytes.
 template <int W, i64 kKind>
-MEMOS_HD void store_codes(char* row, i64 channel, typename Vec<W>::U even,
-                          typename Vec<W>::U odd, bool stream) {
+MEMOS_HD void store_codes(char* row, i64 channel, typename Vec<W>::U even, typename Vec<W>::U odd,
+                          bool stream) {
   using V = Vec<W>;
   if constexpr (kKind == kInt8 || kKind == kFp8) {
     store_halves<W>(row + channel, even | (odd << 8), stream);
@@ -373,8 +374,8 @@ MEMOS_HD Pair<W> decode_pair(const char* row, i64 c, Pair<W> scale, Pair<W> zero
 }
 
 template <int W, i64 kTarget, i64 kKind>
-void decode_channels(const char* codes, i64 row_bytes, const char* scales, const char* zeros,
-                     i64 T, i64 D, char* dst, i64 token_bytes) {
+void decode_channels(const char* codes, i64 row_bytes, const char* scales, const char* zeros, i64 T,
+                     i64 D, char* dst, i64 token_bytes) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
   over_slabs<W>(D, [&](i64 c, auto pairs) MEMOS_INLINE {
@@ -396,9 +397,8 @@ void decode_channels(const char* codes, i64 row_bytes, const char* scales, const
 }
 
 template <int W, i64 kTarget, i64 kKind, class Grouping>
-MEMOS_HD void decode_tokens(const char* codes, i64 row_bytes, const char* scales,
-                            const char* zeros, i64 T, const Grouping& grouping, char* dst,
-                            i64 token_bytes) {
+MEMOS_HD void decode_tokens(const char* codes, i64 row_bytes, const char* scales, const char* zeros,
+                            i64 T, const Grouping& grouping, char* dst, i64 token_bytes) {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
   using U16 = typename Vec<W>::U16;
@@ -489,8 +489,7 @@ void rotate_any(float* row, i64 D, i64 n, float norm) {
       store_as(row + (i + step) * W, sub(a, b));
     }
   }
-  for (i64 i = 0; i < vectors; ++i)
-    store_as(row + i * W, mul(load_as<F>(row + i * W), F{} + norm));
+  for (i64 i = 0; i < vectors; ++i) store_as(row + i * W, mul(load_as<F>(row + i * W), F{} + norm));
 }
 
 template <class F, class U = typename Lanes<F>::U>
@@ -590,8 +589,7 @@ void encode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
     const Target to{head.codes + t * row_bytes, row_bytes, head.scales + i * params,
                     head.zeros + i * params, head.stream};
     if (!rotate) {
-      if (!encode_tile<W, kDtype, kKind, kPerChannel>(rows, T, D, G, to))
-        continue;
+      if (!encode_tile<W, kDtype, kKind, kPerChannel>(rows, T, D, G, to)) continue;
       move_rows<W, kDtype, kScratch, true>(rows, scratch, 4 * D, T, D, false);
     } else if (move_rows<W, kDtype, kScratch, false>(rows, scratch, 4 * D, T, D, true)) {
       move_rows<W, kDtype, kScratch, true>(rows, scratch, 4 * D, T, D, true);
@@ -644,11 +642,15 @@ void decode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
 template <bool kEncode, int W, i64 kDtype, i64 kKind>
 void head_of_kind(const Head& head, bool per_channel, i64 G, bool rotate, i64 row_bytes) {
   if constexpr (kEncode) {
-    if (per_channel) encode_head<W, kDtype, kKind, true>(head, G, rotate, row_bytes);
-    else encode_head<W, kDtype, kKind, false>(head, G, rotate, row_bytes);
+    if (per_channel)
+      encode_head<W, kDtype, kKind, true>(head, G, rotate, row_bytes);
+    else
+      encode_head<W, kDtype, kKind, false>(head, G, rotate, row_bytes);
   } else {
-    if (per_channel) decode_head<W, kDtype, kKind, true>(head, G, rotate, row_bytes);
-    else decode_head<W, kDtype, kKind, false>(head, G, rotate, row_bytes);
+    if (per_channel)
+      decode_head<W, kDtype, kKind, true>(head, G, rotate, row_bytes);
+    else
+      decode_head<W, kDtype, kKind, false>(head, G, rotate, row_bytes);
   }
 }
 
@@ -671,7 +673,8 @@ template <bool kEncode, int W>
 void head_of_width(const Head& head, const Scheme& s, i64 dtype, bool per_channel, i64 row_bytes) {
   // Fewer lanes where the head dimension is no multiple of two full vectors; it is one of 8.
   if constexpr (W > 4)
-    if (head.D % (2 * W)) return head_of_width<kEncode, W / 2>(head, s, dtype, per_channel, row_bytes);
+    if (head.D % (2 * W))
+      return head_of_width<kEncode, W / 2>(head, s, dtype, per_channel, row_bytes);
   if constexpr (!kEncode)
     if (dtype == kBf16Streamed)
       return head_of_dtype<kEncode, W, kBf16Streamed>(head, s, per_channel, row_bytes);
@@ -719,15 +722,16 @@ void do_section(const Numbers& numbers, const Numbers& next, const Scheme& s, co
   const bool aligned = where % (4 * MEMOS_LANES) == 0;
   const bool past = stream && aligned && call.dtype == kBf16 && !kEncode;
   for (i64 h = 0; h < call.H; ++h) {
-    const Head head{numbers.at + h * numbers.head_bytes,
-                    numbers.token_bytes,
-                    packed + h * call.P * section.row_bytes,
-                    packed + section.scales_at + 2 * h * section.groups,
-                    packed + section.zeros_at + 2 * h * section.groups,
-                    call.P,
-                    D,
-                    h + 1 < call.H ? numbers.at + (h + 1) * numbers.head_bytes : next.at,
-                    stream && (reinterpret_cast<i64>(packed) | call.P * section.row_bytes) % 32 == 0};
+    const Head head{
+        numbers.at + h * numbers.head_bytes,
+        numbers.token_bytes,
+        packed + h * call.P * section.row_bytes,
+        packed + section.scales_at + 2 * h * section.groups,
+        packed + section.zeros_at + 2 * h * section.groups,
+        call.P,
+        D,
+        h + 1 < call.H ? numbers.at + (h + 1) * numbers.head_bytes : next.at,
+        stream && (reinterpret_cast<i64>(packed) | call.P * section.row_bytes) % 32 == 0};
     if (s.kind == kRaw)
       copy_raw<kEncode>(head, section.row_bytes, stream);
     else
@@ -750,8 +754,7 @@ void do_tasks(const KvCall& call, i64 first, i64 last) {
   const Section ks = section_of(k, call.P, call.H, call.Dk, call.dtype, true);
   const Section vs = section_of(v, call.P, call.H, call.Dv, call.dtype, false);
   const i64 item = item_bytes(call.dtype);
-  const bool stream =
-      (last - first) * call.P * call.H * (call.Dk + call.Dv) * item >= kStreamFrom;
+  const bool stream = (last - first) * call.P * call.H * (call.Dk + call.Dv) * item >= kStreamFrom;
   const auto keys_of = [&](i64 task) {
     const LayerView& view = layers[task / call.M];
     return Numbers{reinterpret_cast<char*>(view.k) + ids[task % call.M] * view.k_block * item,

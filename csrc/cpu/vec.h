@@ -30,10 +30,8 @@ template <int W>
 struct VecLanes {
   using F = typename Vec<W>::F;
   using U = typename Vec<W>::U;
-  MEMOS_HD static F to_float(U u) {
-    return __builtin_convertvector((typename Vec<W>::I)u, F);
-  }
-  MEMOS_HD static U to_uint(F f) { return (U)__builtin_convertvector(f, typename Vec<W>::I); }
+  MEMOS_HD static F to_float(U u) { return __builtin_convertvector((typename Vec<W>::I)u, F); }
+  MEMOS_HD static U to_uint(F f) { return (U) __builtin_convertvector(f, typename Vec<W>::I); }
 };
 template <>
 struct Lanes<Vec<4>::F> : VecLanes<4> {};
@@ -117,7 +115,8 @@ MEMOS_HD typename Vec<W>::U load_halves(const char* p) {
 #endif
   return __builtin_convertvector(load_as<typename Vec<W>::U16>(p), U);
 }
-// The low byte, or the low half, of each lane. `stream`: past the caches; p aligned to what is stored.
+// The low byte, or the low half, of each lane. `stream`: past the caches; p aligned to what is
+// stored.
 template <int W>
 MEMOS_HD void store_bytes(char* p, typename Vec<W>::U u, bool stream) {
 #if defined(__AVX512F__)

@@ -11,7 +11,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from memos import settings
 from memos.errors import BackendError
@@ -28,7 +28,7 @@ class Backend(Generic[A, R]):
 
     name: str
     run: Callable[A, R]
-    accepts: Callable[A, bool]
+    accepts: Callable[..., bool]  # called with the op's arguments
     missing: Callable[[], str | None]  # None: ready; else why it cannot run on this machine
 
 
@@ -47,7 +47,7 @@ class Op(Generic[A, R]):
         self,
         name: str,
         *,
-        accepts: Callable[A, bool] | None = None,
+        accepts: Callable[..., bool] | None = None,
         missing: Callable[[], str | None] = lambda: None,
     ) -> Callable[[Callable[A, R]], Callable[A, R]]:
         """Attach a function of the same signature. Order of registration is preference."""
@@ -79,7 +79,7 @@ class Op(Generic[A, R]):
         return self.backends[name].run
 
 
-ops: dict[str, Op[..., object]] = {}
+ops: dict[str, Op[..., Any]] = {}
 
 
 def op(check: Callable[A, None]) -> Callable[[Callable[A, R]], Op[A, R]]:

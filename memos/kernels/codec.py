@@ -50,9 +50,7 @@ class Scheme:
         codes, params = self.parts(P, H, D, itemsize, per_channel)
         return codes + params
 
-    def parts(
-        self, P: int, H: int, D: int, itemsize: int, per_channel: bool
-    ) -> tuple[int, int]:
+    def parts(self, P: int, H: int, D: int, itemsize: int, per_channel: bool) -> tuple[int, int]:
         """Bytes of the codes and of the scales (and zeros), each a multiple of 16."""
         if self.kind == "raw":
             return _align(P * H * D * itemsize), 0
@@ -96,7 +94,9 @@ class Codec:
 
 @functools.lru_cache(maxsize=256)
 def _parse(name: str) -> Codec:
-    parts = dict(p.split(":", 1) for p in name.split(",")) if ":" in name else {"k": name, "v": name}
+    parts = (
+        dict(p.split(":", 1) for p in name.split(",")) if ":" in name else {"k": name, "v": name}
+    )
     if set(parts) != {"k", "v"}:
         raise ArgumentError(f"codec: 'k:SCHEME,v:SCHEME' wanted, got {name!r}")
     return Codec(_scheme(parts["k"]), _scheme(parts["v"]))

@@ -171,7 +171,7 @@ def unpack_kv(
 
 
 def _encode(x: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
-    M, H, P, D = x.shape
+    _, H, P, D = x.shape
     size, param_size = scheme.parts(P, H, D, x.element_size(), per_channel)
     if scheme.kind == "raw":
         return _pad(x.contiguous().view(torch.uint8).flatten(1), size)
@@ -189,7 +189,9 @@ def _encode(x: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
     return torch.cat([_pad(packed, size), _pad(data, param_size)], dim=1)
 
 
-def _decode(data: torch.Tensor, out: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
+def _decode(
+    data: torch.Tensor, out: torch.Tensor, scheme: Scheme, per_channel: bool
+) -> torch.Tensor:
     _, P, H, D = out.shape
     M = len(data)
     size, _ = scheme.parts(P, H, D, out.element_size(), per_channel)
@@ -270,11 +272,13 @@ def _join(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """The code of channel c stands at bit c * bits of its row, little-endian."""
     E = 8 // bits
     parts = codes.unflatten(-1, (codes.shape[-1] // E, E)).int()
-    return (parts << torch.arange(E).mul(bits)).sum(-1).to(torch.uint8)
+    joined: torch.Tensor = (parts << torch.arange(E).mul(bits)).sum(-1)
+    return joined.to(torch.uint8)
 
 
 def _split(data: torch.Tensor, bits: int) -> torch.Tensor:
-    codes = (data.int().unsqueeze(-1) >> torch.arange(8 // bits).mul(bits)) & (2**bits - 1)
+    shifted: torch.Tensor = data.int().unsqueeze(-1) >> torch.arange(8 // bits).mul(bits)
+    codes: torch.Tensor = shifted & (2**bits - 1)
     return codes.flatten(-2).to(torch.uint8)
 
 
