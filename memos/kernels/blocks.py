@@ -7,6 +7,7 @@ import torch
 from memos.errors import ArgumentError
 from memos.kernels import _native
 from memos.kernels._dims import Dims, contiguous
+from memos.kernels._memory import empty
 from memos.kernels._op import op
 
 
@@ -77,7 +78,7 @@ def _on_cpu(cache: torch.Tensor, *others: torch.Tensor) -> bool:
 
 @gather_blocks.backend("cpu", accepts=_on_cpu, missing=_native.missing)
 def _gather_cpu(cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    out = cache.new_empty(len(block_ids), cache.shape[1])
+    out = empty((len(block_ids), cache.shape[1]), cache.dtype)
     row_bytes = cache.shape[1] * cache.element_size()
     src, ids, dst = cache.data_ptr(), block_ids.data_ptr(), out.data_ptr()
     M, N = len(block_ids), len(cache)

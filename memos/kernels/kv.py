@@ -10,6 +10,7 @@ import torch
 from memos.errors import ArgumentError
 from memos.kernels import _native
 from memos.kernels._dims import Dims
+from memos.kernels._memory import empty
 from memos.kernels._op import op
 from memos.kernels.blocks import check_ids
 from memos.kernels.codec import BITS, KINDS, Codec, Scheme, check_head_dim, hadamard_size
@@ -324,7 +325,7 @@ def _pack_cpu(
     codec: Codec,
 ) -> torch.Tensor:
     M, L, E = len(block_ids), len(keys), layer_bytes(codec, keys[0], values[0])
-    out = torch.empty(M, L, E, dtype=torch.uint8)
+    out = empty((M, L, E), torch.uint8)
     _native.check_rows(block_ids.data_ptr(), M, len(keys[0]))
     rows = [out.data_ptr() + m * L * E for m in range(M)]
     call, tables = _call(keys, values, block_ids, rows, codec)
