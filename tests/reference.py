@@ -52,9 +52,6 @@ class ReferenceLayer(DynamicLayer):
                 x[b, :, start : start + self.P].transpose(0, 1).clone()[None]
                 for x in (self.keys, self.values)
             )
-            if start == 0:
-                key[:, : self.num_sinks] = key[:, self.num_sinks : self.num_sinks + 1]
-                value[:, : self.num_sinks] = value[:, self.num_sinks : self.num_sinks + 1]
             zero = torch.zeros(1, dtype=torch.int64)
             packed = pack_kv([key], [value], zero, self.codec)
             unpack_kv([key], [value], zero, packed, self.codec)

@@ -190,6 +190,27 @@ def test_decoding_uses_one_call_and_its_contract() -> None:
     torch.testing.assert_close(layer.keys[:, :, S : 5 * P], want[:, :, S:], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_decoding_for_another_device(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the host blocks are unpacked there and copied; the same values arrive."""
+    layer, _ = pair("int8-g32", window)
+    layer.update(*states(2, 24, 0))
+    new = states(2, 3, 1)
+    want = layer.copy().update(*new)
+    monkeypatch.setattr("memos.kv.layer._is_host", lambda device: False)
+    torch.testing.assert_close(layer.copy().update(*new), want, rtol=0, atol=0)
+    layer.crop(-9)
+    assert layer.get_seq_length() == 15
+
+
+def test_layers_follow_their_states_to_a_device() -> None:
+    """A restored cache does not know where each layer of a spread model runs."""
+    layer, _ = pair("raw")
+    layer.update(*states(1, 4, 0))
+    layer.update(*(x.to("meta") for x in states(1, 1, 1)))
+    assert layer.device.type == "meta"
+
+
 def test_memory_is_freed() -> None:
     """A long prompt leaves no view behind that keeps its dense K and V alive."""
     layer, _ = pair("int4-g32")

@@ -62,6 +62,15 @@ def test_inputs_of_other_tokens() -> None:
         assert torch.equal(got, answer(model, text))
 
 
+def test_new_ids_with_the_full_mask() -> None:
+    """The other form that transformers understands: new ids only, but a mask for all tokens."""
+    model, ids = tiny("llama"), prompt(60)
+    inputs = cache_of(model, ids[:, :40]).inputs(ids)
+    inputs["input_ids"] = ids[:, 40:]
+    got = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(got, answer(model, ids)[:, 40:])
+
+
 @pytest.mark.parametrize("options", [{"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}])
 def test_inputs_with_other_ways_to_generate(options: dict[str, Any]) -> None:
     """transformers 5.23 feeds the whole prompt again in assisted decoding (a DynamicCache then

@@ -40,12 +40,14 @@ class MemosCache(Cache):  # type: ignore[misc]
 
     It knows its tokens as far as it was told (``inputs``, ``set_tokens``): ``known_tokens`` of
     them are certain. Rows that were repeated, selected or reordered are certain up to there.
+    Continue a cache that holds tokens with what ``inputs(full_ids)`` returns: transformers itself
+    compares no ids, and answers wrongly and without an error when they do not fit the cache.
 
     Ownership: ``copy()`` is cheap and shares the packed blocks; ``generate`` changes the cache
     that it is given, so give it a copy of one that you keep. Not thread-safe.
 
     Args:
-        config:        the model's config (or a dict with num_layers).
+        config:        the model's config, a dict with num_layers, or a ModelShape.
         codec:         a codec or its name.
         block_tokens:  P, tokens per packed block.
         sink_tokens:   the first tokens, kept exact; none with a codec that loses nothing.
@@ -425,7 +427,7 @@ def token_list(token_ids: Any) -> list[int]:
             f"token_ids: a list or tensor of ints wanted, got {type(token_ids).__name__}"
         )
     ids = list(token_ids)
-    if not all(type(token) is int for token in ids):
+    if set(map(type, ids)) - {int}:
         try:
             ids = [operator.index(token) for token in ids]
         except TypeError as error:

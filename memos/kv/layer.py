@@ -98,7 +98,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._check_states(key_states)
+        self._take_states(key_states)
         assert self.tail is not None
         first, packed = self._first_visible(), self.num_packed * self.block_tokens
         tail = (
@@ -117,7 +117,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         self._pack_tail()
         return seen
 
-    def _check_states(self, key_states: torch.Tensor) -> None:
+    def _take_states(self, key_states: torch.Tensor) -> None:
         if key_states.shape[0] != self.batch_size:
             raise ArgumentError(
                 f"key_states: batch {self.batch_size} wanted as in the cache, got "
@@ -128,6 +128,9 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ArgumentError(
                 f"key_states: {self.dtype} wanted as in the cache, got {key_states.dtype}"
             )
+        if key_states.device != self.device:  # restored before it was known where this layer runs
+            self.device = key_states.device
+            self.prefetch()
 
     def get_seq_length(self) -> int:
         return self.num_packed * self.block_tokens + self.tail_tokens
@@ -277,7 +280,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         last = self.num_packed if last is None else last
         P, H = self.block_tokens, self.tail[0].shape[1]
         T = (last - first) * P
-        on_host = self.device.type == "cpu"
+        on_host = _is_host(self.device)
         host = tuple(
             torch.empty(
                 (self.batch_size, H, T + (room if on_host else 0), x.shape[3]), dtype=self.dtype
@@ -310,8 +313,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         if first == 0 and self.sink_tokens:
             key, value = _until(old, self.sink_tokens)
             self.sinks = (key.clone(), value.clone())
-        sinks = self.sink_tokens if first == 0 else 0
-        packed = encode_blocks([*old[0]], [*old[1]], P, sinks, self.codec)
+        packed = encode_blocks([*old[0]], [*old[1]], P, self.codec)
         for b, row in enumerate(self.blocks):
             row.extend(packed[i, b : b + 1] for i in range(n))
         key, value = _from(self.tail, n * P)
@@ -336,44 +338,24 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 def encode_blocks(
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
-    P: int,
-    sinks: int,
-    codec: Codec,
+    keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], P: int, codec: Codec
 ) -> torch.Tensor:
     """Pack whole blocks: ``out[n, l] = pack_kv`` of tokens [n * P, (n + 1) * P) of tensor l.
 
     Args:
-        keys, values: L tensors [H, n * P, D]; the last stride 1 or they are copied.
-        sinks: these first tokens are kept exact elsewhere. Token ``sinks`` takes their place in
-            block 0, so that their outliers do not widen the ranges of the tokens beside them.
+        keys, values: L tensors [H, N * P, D] on any device; copied unless the last stride is 1.
 
     Returns:
-        [n, L, E] uint8 on the host.
+        [N, L, E] uint8 on the host.
     """
     n = keys[0].shape[1] // P
-    if sinks:
-        head = encode_blocks(
-            [_without_sinks(x[:, :P], sinks) for x in keys],
-            [_without_sinks(x[:, :P], sinks) for x in values],
-            P,
-            0,
-            codec,
-        )
-        if n == 1:
-            return head
-        rest = encode_blocks([x[:, P:] for x in keys], [x[:, P:] for x in values], P, 0, codec)
-        return torch.cat([head, rest])
     return pack_kv(
         [_blocks(x, n, P) for x in keys], [_blocks(x, n, P) for x in values], torch.arange(n), codec
     )
 
 
-def _without_sinks(x: torch.Tensor, sinks: int) -> torch.Tensor:
-    x = x.detach().clone()
-    x[:, :sinks] = x[:, sinks : sinks + 1]
-    return x
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _blocks(x: torch.Tensor, n: int, P: int) -> torch.Tensor:

@@ -102,12 +102,14 @@ class ModelShape:
 
 
 def layer_kinds(config: Any) -> list[tuple[str, int | None]]:
-    """(type, window) of every layer of a transformers config, or of a dict (see ``shape_of``).
+    """(type, window) of every layer of a transformers config, a dict or a ModelShape.
 
     Raises:
         ArgumentError: a layer of a type whose state is not K and V per token; an
             encoder-decoder or a model with cross-attention.
     """
+    if isinstance(config, ModelShape):
+        return [(layer.kind, layer.sliding_window) for layer in config.layers]
     if isinstance(config, Mapping):
         window = config.get("sliding_window")
         kind = "full_attention" if window is None else "sliding_attention"
@@ -259,9 +261,10 @@ def identity_of(
 
     Cost: the first call hashes all weights (about 1 s per 2 GB and core), later ones < 1 ms.
     """
-    shape = shape_of_model(model)
+    text = canonical(_config_fields(model.config))
+    shape = _shape_of_model(model, text)
     rewritten = "" if shape.max_tokens is None else "inv_freq"
-    weights, adapter = digest(model, canonical(_config_fields(model.config)), rewritten)
+    weights, adapter = digest(model, text, rewritten)
     return _identity(shape, weights, codec, tokenizer, block_tokens, sink_tokens, revision, adapter)
 
 
@@ -311,9 +314,14 @@ def _identity(
 
 def shape_of_model(model: torch.nn.Module) -> ModelShape:
     """``shape_of`` its config and the dtype that it runs in; kept per config."""
-    key = f"{_dtype(model)}|{canonical(_config_fields(model.config))}"
+    return _shape_of_model(model, canonical(_config_fields(model.config)))
+
+
+def _shape_of_model(model: torch.nn.Module, text: str) -> ModelShape:
+    dtype = _dtype(model)
+    key = f"{dtype}|{text}"
     if key not in _shapes:
-        _shapes[key] = shape_of(model.config, _dtype(model))
+        _shapes[key] = shape_of(model.config, dtype)
     return _shapes[key]
 
 

@@ -6,10 +6,11 @@ are exact tokens: per layer K [H, n, Dk], then V [H, n, Dv], in the model's dtyp
 
 from __future__ import annotations
 
-import warnings
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 
 from memos.errors import ArgumentError
@@ -38,11 +39,11 @@ def load_cache(
     """
     layers = cache.stored_layers
     L, block_bytes = len(layers), identity.block_bytes()
-    blocks = [_bytes(p)[:block_bytes].view(L, 1, -1).unbind(0) for p in payloads]
+    blocks = [_shared(p, block_bytes).view(L, 1, -1).unbind(0) for p in payloads]
     sinks: Sequence[Pair | None] = [None] * L
     if payloads and identity.sink_bytes():
-        sinks = _exact(_bytes(payloads[0])[block_bytes:], identity, device)
-    tails = _exact(_bytes(tail) if tail is not None else _bytes(b""), identity, device)
+        sinks = _exact(payloads[0][block_bytes:], identity, device)
+    tails = _exact(tail or b"", identity, device)
     for i, layer in enumerate(layers):
         layer.load([block[i] for block in blocks], sinks[i], tails[i])
 
@@ -67,14 +68,8 @@ def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]
         P = cache.block_tokens
         span = slice((start - num_packed) * P, (last - num_packed) * P)
         tails = [layers[i].tail for i in members]
-        sinks = layers[members[0]].sink_tokens if start == 0 else 0
-        packed = encode_blocks(
-            [t[0][0, :, span] for t in tails],
-            [t[1][0, :, span] for t in tails],
-            P,
-            sinks,
-            cache.codec,
-        )
+        keys, values = ([t[j][0, :, span] for t in tails] for j in (0, 1))
+        packed = encode_blocks(keys, values, P, cache.codec)
         for j, i in enumerate(members):
             parts[i].extend(packed[:, j : j + 1].unbind(0))
         if len(members) == len(layers):
@@ -133,11 +128,18 @@ def _sinks(layer: MemosLayer) -> Pair:
     return pair[0][:, :, : layer.sink_tokens], pair[1][:, :, : layer.sink_tokens]
 
 
-def _exact(data: torch.Tensor, identity: KVIdentity, device: torch.device | str) -> list[Pair]:
+def _exact(
+    data: memoryview | bytes, identity: KVIdentity, device: torch.device | str
+) -> list[Pair]:
     """Exact tokens of every layer, [1, H, n, D] each, in memory of their own."""
     L, H = identity.num_layers, identity.num_kv_heads
     Dk, Dv = identity.head_dim_k, identity.head_dim_v
-    rows = data.clone().view(_DTYPES[identity.dtype]).to(device).view(L, -1)
+    whole = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if data
+        else torch.empty(0, dtype=torch.uint8)
+    )
+    rows = whole.view(_DTYPES[identity.dtype]).to(device).view(L, -1)
     n = rows.shape[1] // (H * (Dk + Dv))
     split = H * n * Dk
     return [(row[:split].view(1, H, n, Dk), row[split:].view(1, H, n, Dv)) for row in rows]
@@ -149,12 +151,19 @@ def _flat(pairs: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     return flat.cpu().view(torch.uint8)
 
 
-def _bytes(buffer: memoryview | bytes) -> torch.Tensor:
-    if not len(buffer):
-        return torch.empty(0, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(buffer, dtype=torch.uint8)
+def _shared(payload: memoryview, size: int) -> torch.Tensor:
+    """The first ``size`` bytes as a tensor over the same memory, which it keeps alive.
+
+    torch.frombuffer warns about read-only memory, so it gets the address as ctypes sees it.
+    """
+    array: Any = (ctypes.c_ubyte * size).from_address(_address(payload))
+    array.owner = payload
+    return torch.frombuffer(array, dtype=torch.uint8)
+
+
+def _address(payload: memoryview) -> int:
+    address: int = numpy.frombuffer(payload, numpy.uint8).ctypes.data
+    return address
 
 
 def _view(tensor: torch.Tensor) -> memoryview:

@@ -33,8 +33,7 @@ class Archive:
     """Reads and writes the conversations of one model in one tenant.
 
     Args:
-        config:        the model's config, or the dict that stands for it.
-        shape, identity: of that model.
+        shape, identity: of the model.
         recent_tokens: as ``MemosCache`` takes it.
         max_tokens:    at most so many first tokens of a session are kept; None: all.
         ttl_s:         how long blocks live from when they were stored; sessions from their last
@@ -42,7 +41,6 @@ class Archive:
     """
 
     tenant: Tenant
-    config: Any
     shape: ModelShape
     identity: KVIdentity
     recent_tokens: int = 64
@@ -53,7 +51,7 @@ class Archive:
     def new_cache(self) -> MemosCache:
         """An empty cache whose blocks can be stored."""
         return MemosCache(
-            self.config,
+            self.shape,
             self.identity.codec,
             block_tokens=self.identity.block_tokens,
             sink_tokens=self.identity.sink_tokens,

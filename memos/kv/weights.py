@@ -48,23 +48,14 @@ def forget(model: torch.nn.Module) -> None:
         _known.pop(model, None)
 
 
-def _modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Every module once, in an order that only their structure decides."""
-    stack, found = [model], {}
-    while stack:
-        module = stack.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            stack.extend(m for m in module._modules.values() if m is not None)
-    return list(found.values())
-
-
 def _fingerprint(model: torch.nn.Module, rewritten: str) -> tuple[Prints, str]:
     """Address, version and a sample of every tensor; the digest of the adapters' state."""
     prints: Prints = []
     adapters = []
-    for module in _modules(model):
-        fields = module.__dict__
+    stack = [model]
+    while stack:
+        fields = stack.pop().__dict__
+        stack += [child for child in fields["_modules"].values() if child is not None]
         for group in (fields["_parameters"], fields["_buffers"]):
             for name, tensor in group.items():
                 if tensor is None or (rewritten and name.endswith(rewritten)):

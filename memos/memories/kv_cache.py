@@ -133,7 +133,7 @@ class KVCacheMemory:
             "revision": revision,
         }
         MemosCache(  # refuses what it cannot hold, before a folder is made
-            self._current_config(),
+            self._shape,
             codec,
             block_tokens=block_tokens,
             sink_tokens=sink_tokens,
@@ -340,7 +340,6 @@ class KVCacheMemory:
                         break
             return Archive(
                 tenant=self._tenant,
-                config=self._current_config(),
                 shape=self._shape if self._model is None else shape_of_model(self._model),
                 identity=self._identity(),
                 recent_tokens=self._recent_tokens,
