@@ -137,10 +137,18 @@ def _normalised(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
+def _owners() -> Iterator[str]:
+    """Distributions that say that they install ``memos``."""
+    for distribution in importlib.metadata.distributions():
+        named = (distribution.read_text("top_level.txt") or "").split()
+        recorded = distribution.read_text("RECORD") or ""
+        if "memos" in named or re.search(r"^memos/__init__\.py,", recorded, re.MULTILINE):
+            yield distribution.metadata["Name"]
+
+
 def _conflicts() -> Iterator[str]:
     """Other packages that install an import package ``memos``; an import that is not ours."""
-    owners = importlib.metadata.packages_distributions().get("memos", [])
-    others = sorted({name for name in owners if _normalised(name) != DISTRIBUTION})
+    others = sorted({name for name in _owners() if _normalised(name) != DISTRIBUTION})
     for name in others:
         yield (
             f"{name} {_version(name)} also installs an import package memos: their files mix. "
