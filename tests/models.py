@@ -79,5 +79,8 @@ def _smollm2() -> tuple[Any, Any]:
     folder = Path(spec.origin).parent
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
     auto = transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16).eval()
+    plain = transformers.GgufConfig(dequantize=True)
+    model = auto.from_pretrained(
+        folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=plain
+    ).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)

@@ -63,7 +63,7 @@ class MemosCache(Cache):  # type: ignore[misc]
         codec: str | Codec = "int4",
         *,
         block_tokens: int = 64,
-        sink_tokens: int = 4,
+        sink_tokens: int = 2,
         recent_tokens: int = 64,
         window_history: bool = False,
     ) -> None:

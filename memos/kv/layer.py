@@ -43,7 +43,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         self,
         codec: Codec,
         block_tokens: int = 64,
-        sink_tokens: int = 4,
+        sink_tokens: int = 2,
         recent_tokens: int = 64,
         sliding_window: int | None = None,
     ) -> None:

@@ -246,7 +246,7 @@ def identity_of(
     *,
     tokenizer: Any = None,
     block_tokens: int = 64,
-    sink_tokens: int = 4,
+    sink_tokens: int = 2,
     revision: str = "",
 ) -> KVIdentity:
     """The identity of a model's KV: every parameter and buffer, the config, the codec.
@@ -275,7 +275,7 @@ def identity_of_config(
     *,
     tokenizer: Any = None,
     block_tokens: int = 64,
-    sink_tokens: int = 4,
+    sink_tokens: int = 2,
     revision: str = "",
 ) -> KVIdentity:
     """The identity of a model of which only a config (or dict) is known, and ``revision``: the

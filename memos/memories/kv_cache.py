@@ -86,7 +86,7 @@ class KVCacheMemory:
         codec: str | Codec = "int4",
         max_cache_size: int | None = None,
         block_tokens: int = 64,
-        sink_tokens: int = 4,
+        sink_tokens: int = 2,
         recent_tokens: int = 64,
         host_bytes: int = 1 << 30,
         disk_bytes: int = 16 << 30,
