@@ -1,8 +1,8 @@
 """KV kernels beside a plain copy of the same bytes, in the same run.
 
-Rows: op, case, codec, backend, isa, threads, call, gb_s, share_of_copy. ``gb_s`` counts the bytes
-of the bf16 side once: read by pack and gather, written by unpack and write. ``share_of_copy`` is
-the time of one memmove of those bytes (the C library's, one thread, into touched memory) over the
+Rows: op, case, layout, codec, backend, isa, threads, call, gb_s, share_of_copy. ``gb_s`` counts the
+bytes of the bf16 side once: read by pack and gather, written by unpack and write. ``share_of_copy``
+is the time of one memmove of those bytes (the C library's, one thread, into touched memory) over the
 op's time. The two alternate; the median of the pairs' ratios is reported, so that what slows the
 machine down hits both. It may pass 100 %: packing writes less than a copy does, and kernels store
 past the caches where memmove may not.
@@ -31,8 +31,9 @@ from memos.kernels import Codec, _native, kv  # noqa: E402
 
 SOURCE_BYTES = 256 << 20  # larger than the caches
 P = 64
-ROUNDS = 15
+ROUNDS = 11
 CASES = {"8x128": (8, 128), "3x64": (3, 64)}  # KV heads x head size: Llama-3, SmolLM2
+LAYOUTS = ("transformers", "paged")  # [heads, tokens, D]; [blocks, P, heads, D], blocks shuffled
 CODECS = ("raw", "int8-g64", "int4-g64", "int4-g64-rot", "int2-g32-rot", "fp8-g64")
 OPS = (
     "gather_blocks",
@@ -54,22 +55,26 @@ class Work:
 class Source:
     """256 MB of bf16 K and V in blocks of P tokens, a copy target and packed bytes, all touched."""
 
-    def __init__(self, case: str) -> None:
+    def __init__(self, case: str, layout: str) -> None:
         H, D = CASES[case]
+        self.layout = layout
         block_bytes = 2 * P * H * D * 2
         N = SOURCE_BYTES // block_bytes
         generator = torch.Generator().manual_seed(1)
         some = torch.randn(1 << 20, generator=generator).bfloat16()
         self.flat = some.repeat(-(-N * block_bytes // 2 // len(some)))[: N * block_bytes // 2]
         self.target = self.flat.clone()
-        self.block_ids = torch.randperm(N, generator=generator)
+        self.shuffled = torch.randperm(N, generator=generator)
+        self.block_ids = self.shuffled if layout == "paged" else torch.arange(N)
         self.blocks = self.flat.view(N, block_bytes // 2)
         self.keys, self.values = self.views(self.flat, N, H, D)
         self.bytes = N * block_bytes
 
-    @staticmethod
-    def views(flat: torch.Tensor, N: int, H: int, D: int) -> tuple[list[Any], list[Any]]:
-        both = flat.view(2, N, P, H, D)
+    def views(self, flat: torch.Tensor, N: int, H: int, D: int) -> tuple[list[Any], list[Any]]:
+        if self.layout == "transformers":
+            both = flat.view(2, H, N, P, D).permute(0, 2, 3, 1, 4)
+        else:
+            both = flat.view(2, N, P, H, D)
         return [both[0]], [both[1]]
 
     def copy(self) -> None:
@@ -81,7 +86,7 @@ class Source:
         return make(Codec.parse(codec)) if codec else make()
 
     def _gather_blocks(self) -> Work:
-        row_bytes, ids = self.blocks.shape[1] * 2, self.block_ids
+        row_bytes, ids = self.blocks.shape[1] * 2, self.shuffled
         src, at, dst = self.flat.data_ptr(), ids.data_ptr(), self.target.data_ptr()
 
         def part(first: int, last: int) -> None:
@@ -94,7 +99,7 @@ class Source:
         )
 
     def _write_blocks(self) -> Work:
-        row_bytes, ids = self.blocks.shape[1] * 2, self.block_ids
+        row_bytes, ids = self.blocks.shape[1] * 2, self.shuffled
         dst, at, src = self.target.data_ptr(), ids.data_ptr(), self.flat.data_ptr()
         target = self.target.view_as(self.blocks)
 
@@ -145,8 +150,8 @@ class Source:
 
 
 @functools.lru_cache(maxsize=1)
-def source(case: str) -> Source:
-    return Source(case)
+def source(case: str, layout: str) -> Source:
+    return Source(case, layout)
 
 
 @pytest.fixture
@@ -163,25 +168,29 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def rows() -> Iterator[Any]:
-    """case, op, backend, isa (None: the best), threads, call."""
+    """case, layout, op, backend, isa (None: the best), threads, call."""
     for op in OPS:
-        yield "8x128", op, "cpu", None, 1, "kernel"
-        yield "8x128", op, "cpu", None, 2, "kernel"
-        yield "8x128", op, "cpu", None, 1, "op"
-        yield "8x128", op, "cpu", "avx2", 1, "kernel"
-        yield "8x128", op, "cpu", "baseline", 1, "kernel"
-        yield "8x128", op, "reference", None, 1, "op"
+        yield "8x128", "transformers", op, "cpu", None, 1, "kernel"
+        yield "8x128", "transformers", op, "cpu", None, 2, "kernel"
+        yield "8x128", "transformers", op, "cpu", None, 1, "op"
+        yield "8x128", "transformers", op, "cpu", "avx2", 1, "kernel"
+        yield "8x128", "transformers", op, "cpu", "baseline", 1, "kernel"
+        yield "8x128", "transformers", op, "reference", None, 1, "op"
     for op in OPS:
-        yield "3x64", op, "cpu", None, 1, "kernel"
+        if " " in op:
+            yield "8x128", "paged", op, "cpu", None, 1, "kernel"
+    for op in OPS:
+        yield "3x64", "transformers", op, "cpu", None, 1, "kernel"
 
 
 @pytest.mark.parametrize(
-    ("case", "op", "backend", "isa", "threads", "call"), rows(), indirect=["isa"]
+    ("case", "layout", "op", "backend", "isa", "threads", "call"), rows(), indirect=["isa"]
 )
 def test_kernels(
     benchmark: Any,
     monkeypatch: pytest.MonkeyPatch,
     case: str,
+    layout: str,
     op: str,
     backend: str,
     isa: str,
@@ -189,7 +198,7 @@ def test_kernels(
     call: str,
 ) -> None:
     monkeypatch.setenv("MEMOS_THREADS", str(threads))
-    data = source(case)
+    data = source(case, layout)
     work = data.work(op)
     run = work.reference if backend == "reference" else getattr(work, call)
     copies_s: list[float] = []
@@ -212,6 +221,7 @@ def test_kernels(
     benchmark.extra_info.update(
         op=name,
         case=case,
+        layout=layout,
         codec=codec,
         backend=backend,
         isa="" if backend == "reference" else isa,
