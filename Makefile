@@ -26,7 +26,7 @@ demo: setup
 test: setup
 	$(PY) -m pytest $(ARGS)
 
-bench: setup
+bench: setup $(STAMPS)/bench
 	$(PY) -m pytest benchmarks --benchmark-only --benchmark-quiet --no-header -q $(ARGS)
 
 lint: setup $(STAMPS)/lint
@@ -69,6 +69,11 @@ $(STAMPS)/deps: $(STAMPS)/venv pyproject.toml constraints.txt
 
 $(STAMPS)/native: $(STAMPS)/deps $(NATIVE)
 	$(BUILD) . --no-deps
+	@touch $@
+
+# The backend of transformers' QuantizedCache, which the quality benchmark stands beside.
+$(STAMPS)/bench: $(STAMPS)/deps
+	$(INSTALL) 'optimum-quanto>=0.2.7'
 	@touch $@
 
 $(STAMPS)/lint: $(STAMPS)/deps

@@ -1,11 +1,11 @@
 """KV kernels beside a plain copy of the same bytes, in the same run.
 
 Rows: op, case, layout, codec, backend, isa, threads, call, gb_s, share_of_copy. ``gb_s`` counts the
-bytes of the bf16 side once: read by pack and gather, written by unpack and write. ``share_of_copy``
-is the time of one memmove of those bytes (the C library's, one thread, into touched memory) over the
-op's time. The two alternate; the median of the pairs' ratios is reported, so that what slows the
-machine down hits both. It may pass 100 %: packing writes less than a copy does, and kernels store
-past the caches where memmove may not.
+bytes of the bf16 side once: read by pack and gather, written by unpack and write.
+``share_of_copy`` is the time of one memmove of those bytes (the C library's, one thread, into
+touched memory) over the op's time. The two alternate; the median of the pairs' ratios is reported,
+so that what slows the machine down hits both. It may pass 100 %: packing writes less than a copy
+does, and kernels store past the caches where memmove may not.
 
 call "kernel": the native function alone, into touched memory, as memmove is measured.
 call "op": what a caller gets. gather_blocks and pack_kv return fresh memory, and the first touch of
@@ -79,6 +79,19 @@ class Source:
 
     def copy(self) -> None:
         ctypes.memmove(self.target.data_ptr(), self.flat.data_ptr(), self.bytes)
+
+    def _memcpy(self) -> Work:
+        """The yardstick itself, on as many threads as the row says: what the memory can do."""
+        src, dst, parts = self.flat.data_ptr(), self.target.data_ptr(), 64
+        size = self.bytes // parts
+
+        def part(first: int, last: int) -> None:
+            ctypes.memmove(dst + first * size, src + first * size, (last - first) * size)
+
+        def run() -> None:
+            _native.parallel(part, parts, self.bytes)
+
+        return Work(run, run, run)
 
     def work(self, name: str) -> Work:
         op, _, codec = name.partition(" ")
@@ -169,6 +182,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def rows() -> Iterator[Any]:
     """case, layout, op, backend, isa (None: the best), threads, call."""
+    for threads in (1, 2):
+        yield "8x128", "transformers", "memcpy", "cpu", None, threads, "kernel"
     for op in OPS:
         yield "8x128", "transformers", op, "cpu", None, 1, "kernel"
         yield "8x128", "transformers", op, "cpu", None, 2, "kernel"

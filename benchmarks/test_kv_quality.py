@@ -91,7 +91,7 @@ def test_kv_quality(benchmark: Any, tmp_path: Path, codec: str) -> None:
             content = {"token_ids": segments()[i, :CONTEXT], "cache": exact(i)[0]}
             kv.add(content, {"user_id": f"segment-{i}"})
         # A bf16 model has bf16 sinks; here they are fp32.
-        used = disk_bytes(tmp_path) - SEGMENTS * kv.identity.sink_bytes() // 2
+        used = disk_bytes(tmp_path) - SEGMENTS * kv._identity().sink_bytes() // 2
     elements = SEGMENTS * CONTEXT * numbers_per_token(model.config)
 
     def run() -> list[torch.Tensor]:
