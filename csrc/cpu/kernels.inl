@@ -746,6 +746,7 @@ void do_section(const Numbers& numbers, const Numbers& next, const Scheme& s, co
 
 template <bool kEncode>
 void do_tasks(const KvCall& call, i64 first, i64 last) {
+  if (first >= last) return;  // M may be 0 then
   const auto* layers = reinterpret_cast<const LayerView*>(call.layers);
   const auto* ids = reinterpret_cast<const i64*>(call.block_ids);
   const auto* rows = reinterpret_cast<const i64*>(call.rows);
