@@ -9,6 +9,10 @@ import platform
 import hypothesis
 import pytest
 
+# OpenMP's threads sleep while they wait: where other work wants the same processors, their spinning
+# makes small torch operations four times slower. Before torch is imported; children inherit it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # Random histories are the same in every CI run, and other ones on every desk.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("desk", deadline=None)

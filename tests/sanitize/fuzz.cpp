@@ -7,6 +7,7 @@
 // the numbers between rows keep their marks. All instruction sets must leave the same bytes.
 // Packed bytes that no encoder wrote decode to some numbers, never to a fault.
 #include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
 
 #include <algorithm>
 #include <chrono>
@@ -28,9 +29,14 @@ using namespace memos::codec;
 
 i64 case_number = 0;
 
+void name_case() {
+  std::fprintf(stderr, "fuzz: that was case %lld\n", static_cast<long long>(case_number));
+}
+
 void require(bool holds, const char* what) {
   if (holds) return;
-  std::fprintf(stderr, "case %lld: %s\n", static_cast<long long>(case_number), what);
+  std::fprintf(stderr, "%s\n", what);
+  name_case();
   std::abort();
 }
 
@@ -330,9 +336,12 @@ void fuzz_rows(Random& random) {
 
 }  // namespace
 
+extern "C" void __ubsan_on_report() { name_case(); }
+
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 30;
   const i64 start = argc > 2 ? std::atoll(argv[2]) : 0;
+  __sanitizer_set_death_callback(name_case);
   require(choose("abacus") != nullptr, "an unknown instruction set was taken");
   require(choose("") == nullptr, "no instruction set runs here");
   const auto began = std::chrono::steady_clock::now();
