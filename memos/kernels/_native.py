@@ -7,14 +7,12 @@ the call returns. Native functions are single-threaded and release the GIL; work
 from __future__ import annotations
 
 import functools
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from memos import settings
 from memos.errors import ArgumentError, BackendError
+from memos.kernels import _pool
 
 # Below this many bytes a second thread costs more than it saves (about 20 us to wake one).
 _BYTES_PER_THREAD = 512 * 1024
@@ -57,21 +55,6 @@ def isas() -> dict[str, str]:
     return dict(core().isas())
 
 
-_pool_lock = threading.Lock()
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, threads, pool
-
-
-def _threads(count: int) -> ThreadPoolExecutor:
-    """The pool of this process: a forked child has none of its parent's threads."""
-    global _pool
-    with _pool_lock:
-        if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
-            if _pool is not None and _pool[0] == os.getpid():
-                _pool[2].shutdown(wait=False)
-            _pool = (os.getpid(), count, ThreadPoolExecutor(count, "memos-kernel"))
-        return _pool[2]
-
-
 def parallel(work: Callable[[int, int], object], count: int, total_bytes: int) -> None:
     """Run ``work(first, last)`` over [0, count), split over threads when the bytes pay for it."""
     n = min(settings.num_threads(), count, 1 + total_bytes // _BYTES_PER_THREAD)
@@ -79,16 +62,9 @@ def parallel(work: Callable[[int, int], object], count: int, total_bytes: int) -
         if count:
             work(0, count)
         return
-    bounds = [count * i // n for i in range(n + 1)]
-    pool = _threads(n - 1)
-    pending = [pool.submit(work, bounds[i], bounds[i + 1]) for i in range(1, n)]
-    try:
-        work(bounds[0], bounds[1])
-    finally:
-        errors = [f.exception() for f in pending]  # also waits: the tensors must outlive the work
-    for error in errors:
-        if error is not None:
-            raise error
+    pieces = min(count, 4 * n)  # several for each thread, so that none waits long for another
+    bounds = [count * i // pieces for i in range(pieces + 1)]
+    _pool.run(lambda i: work(bounds[i], bounds[i + 1]), pieces, n)
 
 
 def check_rows(ids: int, count: int, N: int) -> None:

@@ -8,11 +8,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from memos import settings
 from memos.errors import StoreError, StoreLockedError
+from memos.kernels import _pool
 from memos.kv.frame import ZERO_KEY, Block
 from memos.kv.segment import Record
 from memos.kv.sessions import OpenTables
@@ -57,7 +57,6 @@ class State:
         self._refusal: type[StoreError] = StoreError
         self._read_only_because = "it was opened with mode='r'"
         self._expiring: list[tuple[int, bytes]] = []
-        self._pool: ThreadPoolExecutor | None = None
 
     # Checks
 
@@ -160,27 +159,18 @@ class State:
         workers = min(settings.num_threads(), _MAX_THREADS, len(items))
         if workers < 2 or num_bytes < 4 << 20:
             return [run(item) for item in items]
-        with self.lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="memos-kv")
-            pool = self._pool
-        step = -(-len(items) // workers)
-        parts = [items[i : i + step] for i in range(0, len(items), step)]
+        results: dict[int, R] = {}
 
-        def run_part(part: Sequence[T]) -> list[R]:
-            return [run(item) for item in part]
+        def one(i: int) -> None:
+            results[i] = run(items[i])
 
-        others = [pool.submit(run_part, part) for part in parts[1:]]
-        results = run_part(parts[0])
-        for other in others:
-            results += other.result()
-        return results
+        _pool.run(one, len(items), workers)
+        return [results[i] for i in range(len(items))]
 
     def after_fork(self) -> None:
         """In a child: the parent keeps the folder's lock and its threads."""
         self.lock = threading.RLock()
         self.write_lock = threading.RLock()
-        self._pool = None
         self.tables = OpenTables()
         if self.disk is not None and self.writable:
             self.writable = False
@@ -191,6 +181,3 @@ class State:
 
     def close(self) -> None:
         self.closed = True
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
