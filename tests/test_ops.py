@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -105,7 +106,7 @@ def unpack_cases() -> Iterator[tuple[str, tuple]]:
         codec = Codec.parse(name)
         packed = kernels.pack_kv.reference(keys, values, ids, codec)
         target = [torch.zeros_like(t) for t in keys], [torch.zeros_like(t) for t in values]
-        rows = list(packed) if "odd" in label else packed
+        rows = kernels.PackedRows(packed) if "odd" in label else packed
         yield label, (*target, ids, rows, codec)
 
 
@@ -187,6 +188,34 @@ def test_cpu_equals_reference(name: str, isa: str) -> None:
             got = op(*ours)
         for what, a, b in (("result", got, want), ("arguments", ours, theirs)):
             assert same(bytes_of(a), bytes_of(b)), f"{label}: the {what} differ"
+
+
+def test_packed_rows() -> None:
+    """Rows stay where they are; a copy has its own; what does not fit is refused."""
+    blocks = [torch.arange(24, dtype=torch.uint8).view(3, 8) + 100 * i for i in range(2)]
+    layers = kernels.PackedRows.split_layers(blocks, 3)
+    assert [len(rows) for rows in layers] == [2, 2, 2]
+    for i, rows in enumerate(layers):
+        assert [r.data_ptr() for r in rows] == [b[i].data_ptr() for b in blocks]
+        assert all(torch.equal(r, b[i : i + 1]) for r, b in zip(rows, blocks, strict=True))
+        assert list(rows[1:].addresses) == [blocks[1][i].data_ptr()]
+    both = layers[0] + layers[1][:1]
+    assert [r.tolist()[0][0] for r in both] == [0, 100, 8]
+    for twin in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
+        assert [r.tolist() for r in twin] == [r.tolist() for r in both]
+        assert list(twin.addresses) == [r.data_ptr() for r in twin]
+        assert not set(twin.addresses) & set(both.addresses)
+    both.extend([torch.zeros(1, 8, dtype=torch.uint8)])
+    assert len(both) == 4
+    assert len(layers[0]) == 2
+    for bad in (torch.zeros(1, 9, dtype=torch.uint8), torch.zeros(1, 8), both[0].expand(2, 8)):
+        with pytest.raises(ArgumentError, match="packed"):
+            both.extend([bad])
+    with pytest.raises(ArgumentError, match="packed"):
+        layers[0] + kernels.PackedRows([torch.zeros(1, 9, dtype=torch.uint8)])
+    with pytest.raises(ArgumentError, match="packed"):
+        kernels.PackedRows.split_layers(blocks, 4)
+    assert [len(rows) for rows in kernels.PackedRows.split_layers([], 2)] == [0, 0]
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "5"])

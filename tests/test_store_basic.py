@@ -152,7 +152,7 @@ def test_identity_is_checked() -> None:
     ):
         with pytest.raises(ArgumentError):
             dataclasses.replace(SMALL, **change)  # type: ignore[arg-type]
-    assert KVIdentity("m", 1, 1, 8, 8, "float32", "int4").codec == "int4-g64-rot"
+    assert KVIdentity("m", 1, 1, 8, 8, "float32", "int4").codec == "k:int4-g64-rot,v:int4-g64"
     raw = KVIdentity("m", 2, 3, 8, 16, "float32", "raw")
     assert raw.sink_bytes() == 0
     assert raw.payload_bytes(0) == raw.tail_bytes(64) == 2 * 3 * 64 * 24 * 4

@@ -15,19 +15,21 @@ if TYPE_CHECKING:
     from memos.kernels.blocks import gather_blocks, write_blocks
     from memos.kernels.codec import Codec
     from memos.kernels.hashing import hash_blocks
-    from memos.kernels.kv import pack_kv, unpack_kv
+    from memos.kernels.kv import PackedRows, pack_kv, unpack_kv
 
 _HOME = {
     "gather_blocks": "blocks",
     "write_blocks": "blocks",
     "pack_kv": "kv",
     "unpack_kv": "kv",
+    "PackedRows": "kv",
     "hash_blocks": "hashing",
     "Codec": "codec",
 }
 
 __all__ = [
     "Codec",
+    "PackedRows",
     "available",
     "gather_blocks",
     "hash_blocks",

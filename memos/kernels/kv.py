@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import overload
 
 import torch
 
@@ -17,7 +18,94 @@ from memos.kernels.codec import BITS, KINDS, Codec, Scheme, check_head_dim, hada
 
 FP16_MAX = 65504.0
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-Rows = torch.Tensor | Sequence[torch.Tensor]
+
+
+class PackedRows(Sequence[torch.Tensor]):
+    """Packed rows [L, E] that lie apart, checked when they are added, not at every use.
+
+    A row must not change its place or shape afterwards. A slice shares the rows.
+    """
+
+    __slots__ = ("_addresses", "_owners", "_shape")
+
+    def __init__(self, rows: Iterable[torch.Tensor] = ()) -> None:
+        self._owners: list[torch.Tensor] = []  # [m] holds row m, perhaps others beside it
+        self._addresses = array("q")
+        self._shape: torch.Size | None = None  # of every row
+        self.extend(rows)
+
+    @staticmethod
+    def split_layers(blocks: Sequence[torch.Tensor], num_layers: int) -> list[PackedRows]:
+        """Contiguous blocks [num_layers, E], taken apart into rows [1, E]: one list per layer."""
+        for block in blocks:
+            _check_row(block, torch.Size((num_layers, blocks[0].shape[-1])))
+        first = [block.data_ptr() for block in blocks]
+        layers = [PackedRows() for _ in range(num_layers)]
+        if blocks:
+            E = blocks[0].shape[1]
+            for i, layer in enumerate(layers):
+                layer._owners, layer._shape = list(blocks), torch.Size((1, E))
+                layer._addresses = array("q", [address + i * E for address in first])
+        return layers
+
+    def extend(self, rows: Iterable[torch.Tensor]) -> None:
+        """Add rows. Raises ArgumentError unless contiguous uint8 [L, E], all of one shape."""
+        for row in rows:
+            _check_row(row, self._shape)
+            self._shape = row.shape
+            self._owners.append(row)
+            self._addresses.append(row.data_ptr())
+
+    @property
+    def addresses(self) -> array[int]:
+        """Where each row begins. Valid while this object lives."""
+        return self._addresses
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    @overload
+    def __getitem__(self, i: int) -> torch.Tensor: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> PackedRows: ...
+
+    def __getitem__(self, i: int | slice) -> torch.Tensor | PackedRows:
+        if isinstance(i, int):
+            owner = self._owners[i]
+            assert self._shape is not None
+            start = self._addresses[i] - owner.data_ptr()
+            row = owner.view(-1)[start : start + self._shape.numel()]
+            return row.view(self._shape)
+        part = PackedRows()
+        part._owners, part._addresses = self._owners[i], self._addresses[i]
+        part._shape = self._shape
+        return part
+
+    def __reduce__(self) -> tuple[type[PackedRows], tuple[list[torch.Tensor]]]:
+        return PackedRows, ([row.clone() for row in self],)  # a copy has addresses of its own
+
+    def __deepcopy__(self, memo: object) -> PackedRows:
+        return PackedRows(row.clone() for row in self)
+
+    def __add__(self, other: PackedRows) -> PackedRows:
+        if self._shape is not None and len(other):
+            _check_row(other[0], self._shape)
+        both = PackedRows()
+        both._owners = self._owners + other._owners
+        both._addresses = self._addresses + other._addresses
+        both._shape = self._shape or other._shape
+        return both
+
+
+def _check_row(row: torch.Tensor, shape: torch.Size | None) -> None:
+    fits = row.dtype == torch.uint8 and row.dim() == 2 and row.is_contiguous()
+    if not fits or (shape is not None and row.shape != shape):
+        wanted = "[L, E]" if shape is None else list(shape)
+        raise ArgumentError(
+            f"packed: contiguous uint8 rows of shape {wanted} wanted, got {row.dtype} "
+            f"{list(row.shape)}"
+        )
 
 
 def _check_cache(
@@ -60,21 +148,23 @@ def _check_unpack(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
-    packed: Rows,
+    packed: torch.Tensor | PackedRows,
     codec: Codec,
 ) -> None:
     dims = _check_cache(keys, values, block_ids, codec)
     E = layer_bytes(codec, keys[0], values[0])
     if len(packed) != dims["M"]:
         raise ArgumentError(f"packed: M = {dims['M']} rows wanted, got {len(packed)}")
-    rows = [packed] if isinstance(packed, torch.Tensor) and len(packed) else packed
+    if not len(packed):
+        return
+    whole = isinstance(packed, torch.Tensor)
+    rows = packed if isinstance(packed, torch.Tensor) else packed[0]
     wanted = (dims["L"], E)
-    for row in rows:
-        if row.dtype != torch.uint8 or tuple(row.shape[-2:]) != wanted or not row.is_contiguous():
-            raise ArgumentError(
-                f"packed: contiguous uint8 rows of shape {list(wanted)} wanted for codec "
-                f"{codec.name}, got {row.dtype} {list(row.shape[-2:])}"
-            )
+    if rows.dtype != torch.uint8 or tuple(rows.shape[whole:]) != wanted or not rows.is_contiguous():
+        raise ArgumentError(
+            f"packed: contiguous uint8 rows of shape {list(wanted)} wanted for codec "
+            f"{codec.name}, got {rows.dtype} {list(rows.shape[whole:])}"
+        )
 
 
 def layer_bytes(codec: Codec, key: torch.Tensor, value: torch.Tensor) -> int:
@@ -134,7 +224,7 @@ def unpack_kv(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
-    packed: Rows,
+    packed: torch.Tensor | PackedRows,
     codec: Codec,
 ) -> None:
     """Decode packed blocks into a cache: the inverse of ``pack_kv``; changes keys and values.
@@ -146,7 +236,7 @@ def unpack_kv(
         keys, values: as ``pack_kv``; block ``block_ids[m]`` of every layer is overwritten. With
             codec raw the dtype must be the one that was packed.
         block_ids: [M] int64, contiguous, no two equal.
-        packed:    [M, L, E] uint8 contiguous, or M tensors [L, E]: blocks that lie apart.
+        packed:    [M, L, E] uint8 contiguous, or PackedRows: M blocks that lie apart.
         codec:     the codec they were packed with.
 
     Raises:
@@ -298,14 +388,13 @@ def _call(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
-    rows: Sequence[int],
+    table: array[int],
     codec: Codec,
 ) -> tuple[array[int], list[array[int]]]:
     """The KvCall struct, and the tables that it points to (keep them alive during the call)."""
     layers = array("q")
     for key, value in zip(keys, values, strict=True):
         layers.extend([key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3]])
-    table = array("q", rows)
     N, P, H, Dk = keys[0].shape
     Dv = values[0].shape[3]
     itemsize = keys[0].element_size()
@@ -327,7 +416,7 @@ def _pack_cpu(
     M, L, E = len(block_ids), len(keys), layer_bytes(codec, keys[0], values[0])
     out = empty((M, L, E), torch.uint8)
     _native.check_rows(block_ids.data_ptr(), M, len(keys[0]))
-    rows = [out.data_ptr() + m * L * E for m in range(M)]
+    rows = array("q", [out.data_ptr() + m * L * E for m in range(M)])
     call, tables = _call(keys, values, block_ids, rows, codec)
     address = call.buffer_info()[0]
     source_bytes = M * L * (keys[0][0].numel() + values[0][0].numel()) * keys[0].element_size()
@@ -343,7 +432,7 @@ def _unpack_cpu(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
     block_ids: torch.Tensor,
-    packed: Rows,
+    packed: torch.Tensor | PackedRows,
     codec: Codec,
 ) -> None:
     M, L = len(block_ids), len(keys)
@@ -351,9 +440,10 @@ def _unpack_cpu(
         return
     _native.check_rows(block_ids.data_ptr(), M, len(keys[0]))
     if isinstance(packed, torch.Tensor):
-        rows = [packed.data_ptr() + m * packed.stride(0) for m in range(M)]
+        size = packed[0].numel()
+        rows = array("q", range(packed.data_ptr(), packed.data_ptr() + M * size, size))
     else:
-        rows = [row.data_ptr() for row in packed]
+        rows = packed.addresses
     call, tables = _call(keys, values, block_ids, rows, codec)
     address = call.buffer_info()[0]
     out_bytes = M * L * (keys[0][0].numel() + values[0][0].numel()) * keys[0].element_size()

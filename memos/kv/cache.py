@@ -332,7 +332,8 @@ class MemosCache(Cache):  # type: ignore[misc]
         blocks, total = {}, 0
         for layer in self.stored_layers:
             if isinstance(layer, MemosLayer):
-                blocks.update({b.data_ptr(): b.nbytes for row in layer.blocks for b in row})
+                for row in layer.blocks:
+                    blocks.update(dict.fromkeys(row.addresses, row[0].nbytes if row else 0))
                 total += layer.exact_bytes()
             elif layer.is_initialized:
                 total += layer.keys.nbytes + layer.values.nbytes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec, check_head_dim
-from memos.kernels.kv import DTYPES, pack_kv, unpack_kv
+from memos.kernels.kv import DTYPES, PackedRows, pack_kv, unpack_kv
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -57,7 +59,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         self._drop()
 
     def _drop(self) -> None:
-        self.blocks: list[list[torch.Tensor]] = []  # [B][num_packed], each uint8 [1, E]
+        self.blocks: list[PackedRows] = []  # [B], each num_packed rows uint8 [1, E]
         self.sinks: Pair | None = None  # [B, H, S, D] each, once block 0 is packed
         self.tail: Pair | None = None  # [B, H, T, D] each
         self.num_decoded = 0  # the first tokens of the tail that came out of a packed block
@@ -78,7 +80,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size = key_states.shape[0]
-        self.blocks = [[] for _ in range(self.batch_size)]
+        self.blocks = [PackedRows() for _ in range(self.batch_size)]
         self.tail = (key_states[:, :, :0].detach(), value_states[:, :, :0].detach())
         self.is_initialized = True
 
@@ -232,10 +234,10 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         """A layer with the same tokens that shares every tensor; neither changes the other."""
         other = MemosLayer.__new__(MemosLayer)
         other.__dict__.update(self.__dict__)
-        other.blocks = [list(row) for row in self.blocks]
+        other.blocks = [row[:] for row in self.blocks]
         return other
 
-    def load(self, blocks: Sequence[torch.Tensor], sinks: Pair | None, tail: Pair) -> None:
+    def load(self, blocks: PackedRows, sinks: Pair | None, tail: Pair) -> None:
         """Become one row of packed blocks (uint8 [1, E] on the host), exact sinks and a tail.
 
         Args:
@@ -247,7 +249,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ArgumentError(f"sinks: {self.sink_tokens} exact tokens wanted, got none")
         self.reset()
         self.lazy_initialization(*tail)
-        self.blocks = [list(blocks)]
+        self.blocks = [blocks]
         self.sinks = sinks if blocks and self.sink_tokens else None
         self.tail = tail
 
@@ -287,7 +289,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             )
             for x in self.tail
         )
-        rows = [block for row in self.blocks for block in row[first:last]]
+        rows = functools.reduce(operator.add, (row[first:last] for row in self.blocks))
         S = host[0].shape[2]
         ids = torch.arange(0, T, P)
         if self.batch_size > 1:
@@ -325,7 +327,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
     def _select(self, rows: list[int]) -> None:
         if not rows:
             raise ArgumentError("rows: at least one row of the batch wanted, got none")
-        self.blocks = [list(self.blocks[b]) for b in rows]
+        self.blocks = [self.blocks[b][:] for b in rows]
         index = torch.tensor(rows, device=self.device)
         self._map_exact(lambda x: x.index_select(0, index))
         self.batch_size = len(rows)

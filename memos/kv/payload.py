@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from memos.errors import ArgumentError
+from memos.kernels.kv import PackedRows
 from memos.kv.cache import MemosCache
 from memos.kv.identity import KVIdentity
 from memos.kv.layer import MemosLayer, Pair, encode_blocks
@@ -39,13 +40,13 @@ def load_cache(
     """
     layers = cache.stored_layers
     L, block_bytes = len(layers), identity.block_bytes()
-    blocks = [_shared(p, block_bytes).view(L, 1, -1).unbind(0) for p in payloads]
+    blocks = PackedRows.split_layers([_shared(p, block_bytes).view(L, -1) for p in payloads], L)
     sinks: Sequence[Pair | None] = [None] * L
     if payloads and identity.sink_bytes():
         sinks = _exact(payloads[0][block_bytes:], identity, device)
     tails = _exact(tail or b"", identity, device)
     for i, layer in enumerate(layers):
-        layer.load([block[i] for block in blocks], sinks[i], tails[i])
+        layer.load(blocks[i], sinks[i], tails[i])
 
 
 def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]:
@@ -59,7 +60,7 @@ def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]
     whole: dict[int, torch.Tensor] = {}  # blocks that came out of pack_kv with all layers
     kinds: dict[int, list[int]] = {}
     for i, layer in enumerate(layers):
-        parts[i] += layer.blocks[0][first:last]
+        parts[i] += list(layer.blocks[0][first:last])
         kinds.setdefault(layer.num_packed, []).append(i)
     for num_packed, members in kinds.items():
         start = max(first, num_packed)
