@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from memos.cube.cube import MemCube
+from memos.cube.cube import Hit, MemCube, Relation, Version
 
-__all__ = ["MemCube"]
+__all__ = ["Hit", "MemCube", "Relation", "Version"]

@@ -1,0 +1,430 @@
+"""What the declarative memories share: cubes in records, and the verbs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memos.cube import Hit, MemCube, Relation, Version
+from memos.cube.identity import new_id
+from memos.errors import ArgumentError, NotFoundError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from memos.records.cubes import Change, CubeTable, New
+    from memos.records.scope import Scope
+    from memos.records.store import Records
+
+_BATCH = 1000  # cubes of one transaction of add_many
+# Metadata that names the conversation or document whose cubes follow one another.
+_THREAD_KEYS = ("thread", "thread_id", "conversation_id", "conversation", "session_id", "session")
+
+
+class DeclarativeMemory:
+    """Base of the memories whose cubes stand in records. Thread-safe once registered.
+
+    A subclass says what its content is (``_read``) and how a structured query is answered
+    (``lookup``); everything else is here.
+    """
+
+    kind = "declarative"
+
+    def __init__(
+        self,
+        name: str,
+        description: str = "",
+        *,
+        on_duplicate: str = "return",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise ArgumentError(f"name: a string that is not empty wanted, got {name!r}")
+        if on_duplicate not in ("return", "keep", "error"):
+            raise ArgumentError(
+                f"on_duplicate: 'return', 'keep' or 'error' wanted, got {on_duplicate!r}"
+            )
+        self.name, self.description = name, description
+        self.on_duplicate = on_duplicate
+        self._clock = clock
+        self._records: Records | None = None
+        self._table: CubeTable | None = None
+        self._bind_lock = threading.Lock()
+
+    # Registration.
+
+    def bind(self, records: Records) -> None:
+        """Keep the cubes in this store; called by ``MOS.register_memory``."""
+        with self._bind_lock:
+            if self._records is records:
+                return
+            if self._records is not None:
+                raise ArgumentError(f"memory {self.name!r}: it is registered with another MOS")
+            self._table = records.register(self.name, self.kind, self.description, self.config())
+            self._records = records
+
+    def config(self) -> dict[str, Any]:
+        """JSON that is stored with the memory: what its indexes depend on."""
+        return {}
+
+    def close(self) -> None:
+        """Give back what this memory holds; its cubes stay in the store."""
+
+    @property
+    def records(self) -> Records:
+        if self._records is None:
+            raise ArgumentError(f"memory {self.name!r}: register it first, mos.register_memory")
+        return self._records
+
+    @property
+    def table(self) -> CubeTable:
+        self.records  # noqa: B018 - says what is missing
+        assert self._table is not None
+        return self._table
+
+    # The verbs.
+
+    def add(self, content: Any, metadata: Mapping[str, Any] | None = None, **more: Any) -> MemCube:
+        """Store one cube; see ``add_many`` for the arguments. Returns it."""
+        return self.add_many([{"content": content, "metadata": metadata, **more}])[0]
+
+    def add_many(
+        self,
+        items: Iterable[Mapping[str, Any]],
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[MemCube]:
+        """Store many cubes, a thousand in one transaction.
+
+        Args:
+            items:    dicts with content, and optionally metadata, parent_id, relations,
+                importance (0 to 1), ttl_s, acl, id, source, creator, derived_from, thread.
+            progress: called with the number of cubes stored so far.
+
+        Returns:
+            The cubes, in order. An exact duplicate (content, metadata and parent) of a living
+            cube is that cube, unless ``on_duplicate`` says otherwise.
+
+        Raises:
+            ArgumentError: names the item; its transaction is undone, earlier ones are stored.
+        """
+        stored: list[MemCube] = []
+        for batch in _batches(items):
+            seqs = self._add_batch(batch)
+            with self.records.database.read() as connection:
+                cubes = self.table.load(connection, seqs, self._scope())
+            for seq in seqs:
+                stored.append(cubes[seq])
+            if progress is not None:
+                progress(len(stored))
+        return stored
+
+    def get(self, memory_id: str) -> MemCube:
+        """The cube with this id. Raises NotFoundError."""
+        scope = self._scope()
+        with self.records.database.read() as connection:
+            seq = self.table.seq(connection, memory_id, scope)
+            return self.table.load(connection, [seq], scope)[seq]
+
+    def update(
+        self,
+        memory_id: str,
+        content: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        importance: float | None = None,
+        ttl_s: float | None = None,
+        author: str | None = None,
+        source: str | None = None,
+        acl: Any = None,
+    ) -> MemCube:
+        """A new version: ``content`` replaces, ``metadata`` items are added or replaced.
+
+        Raises NotFoundError, ArgumentError.
+        """
+        from memos.records.cubes import Change
+
+        now, scope = self._clock(), self._scope()
+        change = Change(author=author, source=source, acl=acl)
+        change.importance = None if importance is None else _importance(importance)
+        change.expires_at = _expiry(ttl_s, now)
+        with self.records.database.write() as connection:
+            seq = self.table.seq(connection, memory_id, scope)
+            old = self.table.load(connection, [seq], scope)[seq]
+            if metadata is not None:
+                change.metadata = {**old.metadata, **_metadata(metadata)}
+            if content is not None:
+                self._change(connection, old, content, change)
+            self.table.update(connection, seq, change, now)
+            self._after_update(connection, seq, old, change)
+            return self.table.load(connection, [seq], scope)[seq]
+
+    def delete(self, memory_id: str, *, author: str | None = None) -> None:
+        """State DELETED: no query finds it any more, its history stays. Raises NotFoundError."""
+        with self.records.database.write() as connection:
+            seq = self.table.seq(connection, memory_id, self._scope())
+            gone = self._with_dependents(connection, seq)
+            self.table.delete(connection, gone, self._clock(), author)
+            self._after_delete(connection, gone)
+
+    def history(self, memory_id: str) -> list[Version]:
+        """Every version, oldest first. Raises NotFoundError."""
+        with self.records.database.read() as connection:
+            return self.table.history(connection, memory_id)
+
+    def cubes(
+        self, limit: int | None = 100, *, filters: Mapping[str, Any] | None = None
+    ) -> list[MemCube]:
+        """Cubes, newest first."""
+        scope = self._scope(filters)
+        with self.records.database.read() as connection:
+            seqs = self.table.recent(connection, scope, limit)
+            cubes = self.table.load(connection, seqs, scope)
+        return [cubes[seq] for seq in seqs if seq in cubes]
+
+    def relate(
+        self,
+        memory_id: str,
+        type: str,
+        target: str,
+        *,
+        properties: Mapping[str, Any] | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        """Add a typed edge to another cube, of any memory. Raises NotFoundError."""
+        edge = _relation({"type": type, "target": target, "weight": weight})
+        edge.properties.update(_metadata(properties))
+        with self.records.database.write() as connection:
+            seq = self.table.seq(connection, memory_id, self._scope())
+            self.table.relate(connection, seq, self._other(connection, edge.target), edge)
+
+    def expire(self) -> int:
+        """Delete what has outlived its time; returns how many."""
+        now = self._clock()
+        with self.records.database.read() as connection:
+            if not self.table.expired(connection, now):
+                return 0
+        with self.records.database.write() as connection:
+            seqs = self.table.expired(connection, now)
+            self.table.delete(connection, seqs, now, author="ttl")
+            self._after_delete(connection, seqs)
+        return len(seqs)
+
+    def lookup(self, query: Any, limit: int, scope: Scope) -> list[Hit]:
+        """Answer a query that is no text. Raises ArgumentError for what this memory cannot."""
+        raise ArgumentError(
+            f"query: memory {self.name!r} of kind {self.kind} wants text, got "
+            f"{type(query).__name__}"
+        )
+
+    # What a subclass says.
+
+    def _read(self, content: Any) -> tuple[str, Any]:
+        """(text that is searched, JSON content or None where the text is all). Checks it."""
+        if not isinstance(content, str) or not content.strip():
+            raise ArgumentError(
+                f"content: memory {self.name!r} wants a text that is not empty, got {content!r}"
+            )
+        return content, None
+
+    def _prepare(self, news: Sequence[New], items: Sequence[Mapping[str, Any]]) -> None:
+        """Before the transaction: what takes long, such as embedding."""
+
+    def _place(self, connection: Connection, new: New, item: Mapping[str, Any]) -> None:
+        """Inside the transaction: where a new cube stands."""
+        if item.get("parent_id") is not None:
+            raise ArgumentError(
+                f"parent_id: memory {self.name!r} of kind {self.kind} has no parents; "
+                "use a TreeTextMemory"
+            )
+
+    def _after_insert(
+        self, connection: Connection, seqs: Sequence[int], news: Sequence[New]
+    ) -> None:
+        """Inside the transaction: what a subclass stores beside the cubes."""
+
+    def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
+        """Put new content into an update."""
+        change.text, change.content = self._read(content)
+
+    def _after_update(
+        self, connection: Connection, seq: int, old: MemCube, change: Change
+    ) -> None: ...
+
+    def _with_dependents(self, connection: Connection, seq: int) -> list[int]:
+        """Cubes that go when this one goes."""
+        return [seq]
+
+    def _after_delete(self, connection: Connection, seqs: Sequence[int]) -> None: ...
+
+    # Inside.
+
+    def _scope(self, filters: Mapping[str, Any] | None = None) -> Scope:
+        from memos.records.scope import Scope
+
+        return Scope(filters or {}, self._clock())
+
+    def _add_batch(self, items: Sequence[Mapping[str, Any]]) -> list[int]:
+        now = self._clock()
+        news = [self._new(item, now) for item in items]
+        self._prepare(news, items)
+        with self.records.database.write() as connection:
+            self._check_ids(connection, [new.id for new in news])
+            for new, item in zip(news, items, strict=True):
+                self._place(connection, new, item)
+                edges = [_relation(edge) for edge in item.get("relations") or ()]
+                new.relations = [(self._other(connection, e.target), e) for e in edges]
+            known = self._duplicates(connection, news)
+            fresh = [new for new, seq in zip(news, known, strict=True) if seq is None]
+            seqs = self.table.insert(connection, fresh)
+            self._after_insert(connection, seqs, fresh)
+        by_id = dict(zip((new.id for new in fresh), seqs, strict=True))
+        by_digest = {new.digest(): by_id[new.id] for new in fresh} if 0 in known else {}
+        found = []
+        for new, seq in zip(news, known, strict=True):
+            again = by_digest[new.digest()] if seq == 0 else seq
+            found.append(by_id[new.id] if again is None else again)
+        return found
+
+    def _duplicates(self, connection: Connection, news: Sequence[New]) -> list[int | None]:
+        """For each new cube the living one that it repeats, 0 for one of this batch, or None."""
+        if self.on_duplicate == "keep":
+            return [None] * len(news)
+        digests = [new.digest() for new in news]
+        stored = self.table.duplicates(connection, digests)
+        seen: set[bytes] = set()
+        found: list[int | None] = []
+        for digest in digests:
+            again = 0 if digest in seen else None
+            found.append(stored.get(digest, again))
+            seen.add(digest)
+        if self.on_duplicate == "error" and any(seq is not None for seq in found):
+            i = next(i for i, seq in enumerate(found) if seq is not None)
+            raise ArgumentError(f"memory {self.name!r}: item {i} is there already")
+        return found
+
+    def _new(self, item: Mapping[str, Any], now: float) -> New:
+        from memos.records.cubes import New
+
+        unknown = set(item) - _ITEM_KEYS
+        if unknown or "content" not in item:
+            raise ArgumentError(
+                f"item: content and of {', '.join(sorted(_ITEM_KEYS - {'content'}))} wanted, got "
+                f"{', '.join(sorted(map(str, item)))}"
+            )
+        metadata = _metadata(item.get("metadata"))
+        text, content = self._read(item["content"])
+        importance = item.get("importance")
+        given = item.get("id")
+        if given is not None and (not isinstance(given, str) or not given):
+            raise ArgumentError(f"id: a string that is not empty wanted, got {given!r}")
+        return New(
+            id=given or new_id(),
+            kind=self.kind,
+            text=text,
+            content=content,
+            metadata=metadata,
+            at=now,
+            importance=0.5 if importance is None else _importance(importance),
+            thread=_thread(item.get("thread"), metadata),
+            source=_name("source", item.get("source"), metadata),
+            creator=_name("creator", item.get("creator"), metadata),
+            author=_name("creator", item.get("creator"), metadata),
+            derived_from=tuple(item.get("derived_from") or ()),
+            acl=item.get("acl"),
+            expires_at=_expiry(item.get("ttl_s"), now),
+        )
+
+    def _check_ids(self, connection: Connection, ids: Sequence[str]) -> None:
+        known = self.table.ids(connection, ids)
+        if len(set(ids)) < len(ids) or known:
+            twice = next(iter(known), None) or next(id for id in ids if ids.count(id) > 1)
+            raise ArgumentError(f"id: a new one wanted, got {twice!r}, which exists; use update")
+
+    def _other(self, connection: Connection, id: str) -> int:
+        """Number of a cube of any memory. An id of this memory comes first."""
+        found = self.records.locate(connection, id)
+        mine = [seq for seq, name in found if name == self.name]
+        if mine or len(found) == 1:
+            return mine[0] if mine else found[0][0]
+        if not found:
+            raise NotFoundError(f"relation: no cube {id!r}")
+        names = ", ".join(name for _, name in found)
+        raise ArgumentError(f"relation: {id!r} names cubes of several memories: {names}")
+
+
+_ITEM_KEYS = {
+    *("content", "metadata", "parent_id", "relations", "importance", "ttl_s", "acl", "id"),
+    *("source", "creator", "derived_from", "thread"),
+}
+
+
+def _batches(items: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    batch: list[Mapping[str, Any]] = []
+    for item in items:
+        if not isinstance(item, Mapping):
+            raise ArgumentError(f"items: dicts with content wanted, got {type(item).__name__}")
+        batch.append(item)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _metadata(value: Mapping[str, Any] | None) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"metadata: a dict wanted, got {type(value).__name__}")
+    return dict(value)
+
+
+def _importance(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ArgumentError(f"importance: a number from 0 to 1 wanted, got {value!r}")
+    return float(value)
+
+
+def _expiry(ttl_s: Any, now: float) -> float | None:
+    if ttl_s is None:
+        return None
+    if not isinstance(ttl_s, int | float) or isinstance(ttl_s, bool) or not ttl_s > 0:
+        raise ArgumentError(f"ttl_s: seconds above 0 wanted, got {ttl_s!r}")
+    return now + ttl_s
+
+
+def _thread(given: Any, metadata: Mapping[str, Any]) -> str | None:
+    for value in (given, *(metadata.get(key) for key in _THREAD_KEYS)):
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return str(value)
+    return None
+
+
+def _name(what: str, given: Any, metadata: Mapping[str, Any]) -> str | None:
+    value = metadata.get(what) if given is None else given
+    if given is not None and not isinstance(given, str):
+        raise ArgumentError(f"{what}: a string wanted, got {given!r}")
+    return value if isinstance(value, str) else None
+
+
+def _relation(edge: Any) -> Relation:
+    if isinstance(edge, Relation):
+        edge = {
+            "type": edge.type,
+            "target": edge.target,
+            "properties": edge.properties,
+            "weight": edge.weight,
+        }
+    if not isinstance(edge, Mapping) or not {"type", "target"} <= set(edge):
+        raise ArgumentError(f"relations: dicts with type and target wanted, got {edge!r}")
+    type_, target, weight = edge["type"], edge["target"], edge.get("weight", 1.0)
+    if not isinstance(type_, str) or not type_:
+        raise ArgumentError(f"relation.type: a string that is not empty wanted, got {type_!r}")
+    if not isinstance(target, str):
+        raise ArgumentError(f"relation.target: the id of a cube wanted, got {target!r}")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
+        raise ArgumentError(f"relation.weight: a number above 0 wanted, got {weight!r}")
+    return Relation(type_, target, _metadata(edge.get("properties")), float(weight))

@@ -1,0 +1,452 @@
+"""The cubes of one memory: rows, versions, facts, full text, vectors and relations.
+
+Everything of one call is written in the caller's transaction: together or not at all. Nothing is
+overwritten: an update or a deletion keeps what was there as a version.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, bindparam, or_, select
+
+from memos.cube import MemCube, Relation, Version
+from memos.cube.identity import canonical, digest
+from memos.errors import NotFoundError
+from memos.records.database import Database
+from memos.records.filters import facts_of
+from memos.records.fulltext import FullText
+from memos.records.schema import cubes, facts, relations, vectors, versions
+from memos.records.scope import DELETED, Scope
+from memos.records.words import context_of
+
+_CHUNK = 500  # rows looked up in one statement
+
+
+@dataclass
+class New:
+    """A cube to be stored. ``content`` None: the content is the text."""
+
+    id: str
+    kind: str
+    text: str
+    metadata: dict[str, Any]
+    at: float
+    content: Any = None
+    importance: float = 0.5
+    parent: int | None = None
+    thread: str | None = None
+    source: str | None = None
+    creator: str | None = None
+    author: str | None = None
+    derived_from: Sequence[str] = ()
+    acl: Any = None
+    expires_at: float | None = None
+    vector: bytes | None = None
+    tokens: bytes | None = None
+    relations: Sequence[tuple[int, Relation]] = ()  # (seq of the other cube, edge)
+
+    def digest(self) -> bytes:
+        """Of what it says and where it stands: equal for exact duplicates."""
+        return content_digest(
+            self.kind, self.text, _json(self.content), canonical(self.metadata), self.parent
+        )
+
+
+def content_digest(
+    kind: str, text: str, content: str | None, metadata: str, parent: int | None
+) -> bytes:
+    return digest(kind, text, content or "", metadata, "" if parent is None else str(parent))
+
+
+@dataclass
+class Change:
+    """What an update gives; None: stays. ``clear_vector``: the old one no longer fits."""
+
+    text: str | None = None
+    content: Any = None
+    metadata: dict[str, Any] | None = None
+    importance: float | None = None
+    parent: int | None = None
+    move: bool = False  # ``parent`` counts, also None
+    expires_at: float | None = None
+    acl: Any = None
+    author: str | None = None
+    source: str | None = None
+    vector: bytes | None = None
+    tokens: bytes | None = None
+    clear_vector: bool = field(default=False)
+
+
+class CubeTable:
+    """The cubes of one memory. Holds no state of its own: as thread-safe as the database."""
+
+    def __init__(self, database: Database, memory: int, name: str) -> None:
+        self.database, self.memory, self.name = database, memory, name
+        self.fulltext = FullText(memory)
+
+    # Writing.
+
+    def insert(self, connection: Connection, news: Sequence[New]) -> list[int]:
+        """Store new cubes; returns their numbers, in order."""
+        if not news:
+            return []
+        change, first = self.database.allocate(connection, len(news))
+        rows, keys, texts, edges, arrays = [], [], [], [], []
+        for seq, new in enumerate(news, first):
+            metadata, context = canonical(new.metadata), context_of(new.metadata)
+            content = _json(new.content)
+            rows.append(
+                (
+                    seq,
+                    self.memory,
+                    new.id,
+                    new.kind,
+                    "CREATED",
+                    1,
+                    new.text,
+                    context,
+                    content,
+                    metadata,
+                    new.importance,
+                    new.parent,
+                    new.thread,
+                    new.source,
+                    new.creator,
+                    json.dumps(list(new.derived_from)) if new.derived_from else None,
+                    _json(new.acl),
+                    new.author,
+                    new.at,
+                    new.at,
+                    new.expires_at,
+                    content_digest(new.kind, new.text, content, metadata, new.parent),
+                    change,
+                )
+            )
+            keys += [(self.memory, *fact, seq) for fact in facts_of(new.metadata)]
+            texts.append((seq, new.text, context))
+            edges += [(seq, other, relation) for other, relation in new.relations]
+            if new.vector is not None:
+                arrays.append((seq, self.memory, new.vector, new.tokens, change))
+        connection.exec_driver_sql(_INSERT_CUBES, rows)
+        if keys:
+            connection.exec_driver_sql(_INSERT_FACTS, keys)
+        self.fulltext.insert(connection, texts)
+        if arrays:
+            connection.exec_driver_sql(_INSERT_VECTORS, arrays)
+        for seq, other, relation in edges:
+            self.relate(connection, seq, other, relation)
+        return list(range(first, first + len(news)))
+
+    def update(self, connection: Connection, seq: int, change: Change, at: float) -> None:
+        """Make a new version of a cube; the old one stays in the history."""
+        number, _ = self.database.allocate(connection)
+        old = self._row(connection, seq)
+        self._keep(connection, old)
+        text = old.text if change.text is None else change.text
+        content = old.content if change.content is None else _json(change.content)
+        metadata, context = old.metadata, old.context
+        if change.metadata is not None:
+            metadata, context = canonical(change.metadata), context_of(change.metadata)
+            self._change_facts(connection, seq, json.loads(old.metadata), change.metadata)
+        if (text, context) != (old.text, old.context):
+            self.fulltext.delete(connection, [(seq, old.text, old.context)])
+            self.fulltext.insert(connection, [(seq, text, context)])
+        parent = change.parent if change.move else old.parent
+        new = {
+            "text": text,
+            "context": context,
+            "content": content,
+            "metadata": metadata,
+            "parent": parent,
+            "version": old.version + 1,
+            "author": change.author,
+            "updated_at": at,
+            "change": number,
+            "digest": content_digest(old.kind, text, content, metadata, parent),
+        }
+        for name in ("importance", "expires_at", "source"):
+            if (value := getattr(change, name)) is not None:
+                new[name] = value
+        if change.acl is not None:
+            new["acl"] = _json(change.acl)
+        connection.execute(cubes.update().where(cubes.c.seq == seq).values(new))
+        if change.vector is not None:
+            connection.exec_driver_sql(
+                _INSERT_VECTORS, [(seq, self.memory, change.vector, change.tokens, number)]
+            )
+        elif change.clear_vector:
+            self._drop_vectors(connection, [seq], number)
+
+    def delete(
+        self, connection: Connection, seqs: Sequence[int], at: float, author: str | None = None
+    ) -> None:
+        """State DELETED: gone from every index and query; the versions stay."""
+        if not seqs:
+            return
+        number, _ = self.database.allocate(connection)
+        for row in self._rows(connection, seqs):
+            self._keep(connection, row)
+            self.fulltext.delete(connection, [(row.seq, row.text, row.context)])
+            self._change_facts(connection, row.seq, json.loads(row.metadata), {})
+            new = {
+                "state": DELETED,
+                "version": row.version + 1,
+                "author": author,
+                "updated_at": at,
+                "change": number,
+            }
+            connection.execute(cubes.update().where(cubes.c.seq == row.seq).values(new))
+        self._drop_vectors(connection, seqs, number)
+
+    def relate(
+        self,
+        connection: Connection,
+        source: int,
+        target: int,
+        relation: Relation,
+        cube: int | None = None,
+    ) -> None:
+        """Add an edge between two cubes, of any memories; an equal one is replaced."""
+        same = and_(
+            relations.c.source == source,
+            relations.c.type == relation.type,
+            relations.c.target == target,
+            relations.c.cube.is_(None) if cube is None else relations.c.cube == cube,
+        )
+        connection.execute(relations.delete().where(same))
+        row = {
+            "source": source,
+            "type": relation.type,
+            "target": target,
+            "weight": relation.weight,
+            "properties": canonical(relation.properties, "relation.properties"),
+            "cube": cube,
+        }
+        connection.execute(relations.insert(), row)
+
+    # Reading.
+
+    def find(self, connection: Connection, id: str, scope: Scope) -> int | None:
+        """Number of the cube with this id, if it may be seen."""
+        found = connection.execute(
+            select(cubes.c.seq).where(cubes.c.id == id, scope.clause(self.memory))
+        ).scalar()
+        return None if found is None else int(found)
+
+    def seq(self, connection: Connection, id: str, scope: Scope) -> int:
+        """Number of the cube with this id. Raises NotFoundError."""
+        found = self.find(connection, id, scope)
+        if found is None:
+            raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
+        return found
+
+    def load(self, connection: Connection, seqs: Iterable[int], scope: Scope) -> dict[int, MemCube]:
+        """The cubes that may be seen, by number, with their relations."""
+        wanted = list(seqs)
+        rows = list(self._rows(connection, wanted, scope))
+        edges = self._relations(connection, [row.seq for row in rows], scope)
+        return {row.seq: self._cube(row, tuple(edges.get(row.seq, ()))) for row in rows}
+
+    def recent(
+        self,
+        connection: Connection,
+        scope: Scope,
+        limit: int | None = None,
+        newest_first: bool = True,
+    ) -> list[int]:
+        """Numbers of the cubes that may be seen, by age."""
+        order = cubes.c.seq.desc() if newest_first else cubes.c.seq
+        statement = select(cubes.c.seq).where(scope.clause(self.memory)).order_by(order)
+        return [int(row[0]) for row in connection.execute(statement.limit(limit))]
+
+    def duplicates(self, connection: Connection, digests: Sequence[bytes]) -> dict[bytes, int]:
+        """The oldest living cube of each digest."""
+        found: dict[bytes, int] = {}
+        scope = Scope()
+        for part in _chunks(digests):
+            rows = connection.execute(
+                select(cubes.c.digest, cubes.c.seq)
+                .where(cubes.c.digest.in_(part), scope.lives(self.memory))
+                .order_by(cubes.c.seq.desc())
+            )
+            found.update({row[0]: int(row[1]) for row in rows})
+        return found
+
+    def ids(self, connection: Connection, ids: Sequence[str]) -> dict[str, int]:
+        """Which of these ids were ever used."""
+        found: dict[str, int] = {}
+        for part in _chunks(ids):
+            rows = connection.execute(
+                select(cubes.c.id, cubes.c.seq).where(
+                    cubes.c.memory == self.memory, cubes.c.id.in_(part)
+                )
+            )
+            found.update({row[0]: int(row[1]) for row in rows})
+        return found
+
+    def history(self, connection: Connection, id: str) -> list[Version]:
+        """Every version, oldest first, also of a deleted cube. Raises NotFoundError."""
+        row = connection.execute(
+            select(cubes).where(cubes.c.memory == self.memory, cubes.c.id == id)
+        ).first()
+        if row is None:
+            raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
+        old = connection.execute(
+            select(versions).where(versions.c.seq == row.seq).order_by(versions.c.version)
+        )
+        found = [_version(v, v.at) for v in old]
+        return [*found, _version(row, row.updated_at)]
+
+    def expired(self, connection: Connection, now: float) -> list[int]:
+        """Numbers of the cubes whose time is over."""
+        rows = connection.execute(
+            select(cubes.c.seq).where(
+                cubes.c.memory == self.memory,
+                cubes.c.expires_at <= now,
+                cubes.c.state != DELETED,
+            )
+        )
+        return [int(row[0]) for row in rows]
+
+    # Inside.
+
+    def _row(self, connection: Connection, seq: int) -> Row[Any]:
+        return connection.execute(_BY_SEQ, {"wanted": seq}).one()
+
+    def _rows(
+        self, connection: Connection, seqs: Sequence[int], scope: Scope | None = None
+    ) -> Iterator[Row[Any]]:
+        parents = cubes.alias("parents")
+        statement = select(cubes, parents.c.id.label("parent_id")).outerjoin(
+            parents, parents.c.seq == cubes.c.parent
+        )
+        if scope is not None:
+            statement = statement.where(scope.clause(self.memory))
+        for part in _chunks(seqs):
+            yield from connection.execute(statement.where(cubes.c.seq.in_(part)))
+
+    def _keep(self, connection: Connection, row: Row[Any]) -> None:
+        """Copy a row into the history."""
+        connection.execute(
+            versions.insert(),
+            {
+                **{
+                    name: getattr(row, name)
+                    for name in (
+                        *("seq", "version", "state", "text", "content", "metadata"),
+                        *("importance", "author", "source", "digest"),
+                    )
+                },
+                "at": row.updated_at,
+            },
+        )
+
+    def _change_facts(
+        self, connection: Connection, seq: int, old: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> None:
+        before, after = facts_of(old), facts_of(new)
+        gone = [(self.memory, *fact, seq) for fact in before - after]
+        come = [(self.memory, *fact, seq) for fact in after - before]
+        if gone:
+            connection.exec_driver_sql(_DELETE_FACTS, gone)
+        if come:
+            connection.exec_driver_sql(_INSERT_FACTS, come)
+
+    def _drop_vectors(self, connection: Connection, seqs: Sequence[int], change: int) -> None:
+        gone = {"data": None, "tokens": None, "change": change}
+        for part in _chunks(seqs):
+            connection.execute(vectors.update().where(vectors.c.seq.in_(part)).values(gone))
+
+    def _relations(
+        self, connection: Connection, seqs: Sequence[int], scope: Scope
+    ) -> dict[int, list[Relation]]:
+        """Edges to living cubes, both ways."""
+        found: dict[int, list[Relation]] = {}
+        for outgoing, near, far in (
+            (True, relations.c.source, relations.c.target),
+            (False, relations.c.target, relations.c.source),
+        ):
+            statement = (
+                select(
+                    near, relations.c.type, cubes.c.id, relations.c.properties, relations.c.weight
+                )
+                .join(cubes, cubes.c.seq == far)
+                .where(
+                    relations.c.cube.is_(None),
+                    cubes.c.state != DELETED,
+                    or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > scope.now),
+                )
+                .order_by(relations.c.id)
+            )
+            for part in _chunks(seqs):
+                for row in connection.execute(statement.where(near.in_(part))):
+                    edge = Relation(row[1], row[2], json.loads(row[3]), row[4], outgoing)
+                    found.setdefault(int(row[0]), []).append(edge)
+        return found
+
+    def _cube(self, row: Row[Any], edges: tuple[Relation, ...]) -> MemCube:
+        return MemCube(
+            id=row.id,
+            kind=row.kind,
+            content=_content(row),
+            metadata=json.loads(row.metadata),
+            relations=edges,
+            acl=None if row.acl is None else json.loads(row.acl),
+            versions=row.version,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            memory=self.name,
+            parent_id=row.parent_id,
+            importance=row.importance,
+            state=row.state,
+            source=row.source,
+            creator=row.creator,
+            derived_from=tuple(json.loads(row.derived_from)) if row.derived_from else (),
+            expires_at=row.expires_at,
+        )
+
+
+def _content(row: Row[Any]) -> Any:
+    return row.text if row.content is None else json.loads(row.content)
+
+
+def _version(row: Row[Any], at: float) -> Version:
+    return Version(
+        number=row.version,
+        content=_content(row),
+        metadata=json.loads(row.metadata),
+        state=row.state,
+        importance=row.importance,
+        author=row.author,
+        source=row.source,
+        at=at,
+        digest=row.digest.hex(),
+    )
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else canonical(value, "content")
+
+
+def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), _CHUNK):
+        yield items[start : start + _CHUNK]
+
+
+def _insert(table: Any, columns: Sequence[str], verb: str = "INSERT") -> str:
+    marks = ", ".join("?" * len(columns))
+    return f"{verb} INTO {table.name} ({', '.join(columns)}) VALUES ({marks})"
+
+
+_INSERT_CUBES = _insert(cubes, [c.name for c in cubes.columns])
+_INSERT_FACTS = _insert(facts, [c.name for c in facts.columns])
+_INSERT_VECTORS = _insert(vectors, [c.name for c in vectors.columns], "INSERT OR REPLACE")
+_DELETE_FACTS = (
+    "DELETE FROM facts WHERE memory = ? AND key = ? AND type = ? AND number = ? AND string = ? "
+    "AND seq = ?"
+)
+_BY_SEQ = select(cubes).where(cubes.c.seq == bindparam("wanted"))

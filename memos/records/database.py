@@ -1,0 +1,199 @@
+"""One SQLite file: connections, transactions, and errors in words.
+
+Readers never wait and never see half of a transaction (WAL); writers take turns, across threads
+and processes. A transaction that was committed survives the death of the process; with
+``durable`` also the loss of power.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import Connection, bindparam, event, select
+from sqlalchemy.pool import QueuePool, StaticPool
+
+from memos.errors import ArgumentError, StoreError, StoreLockedError
+from memos.records.schema import FORMAT, store, tables
+
+WAIT_S = 30.0  # for another process that writes
+
+
+class Database:
+    """Thread-safe. One instance per file and process; other processes may open it too.
+
+    Args:
+        path:     of the file; None: in memory, gone with this object.
+        durable:  every commit waits for the disk (synchronous=FULL), so that it survives a loss
+            of power; else a commit survives the death of the process (NORMAL).
+        readonly: nothing is written, not even made.
+
+    Raises:
+        StoreError: no database, of another format, or a folder that cannot be used.
+    """
+
+    def __init__(self, path: Path | None, *, durable: bool = False, readonly: bool = False) -> None:
+        self.path, self.durable, self.readonly = path, durable, readonly
+        self._write_lock = threading.RLock()
+        self._pid = os.getpid()
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise StoreError(f"SQLite 3.35 or newer wanted, got {sqlite3.sqlite_version}")
+        self._engine = sqlalchemy.create_engine(
+            "sqlite://",
+            creator=self._connect,
+            poolclass=StaticPool if path is None else QueuePool,
+            **({} if path is None else {"pool_size": 8, "max_overflow": 56}),
+        )
+        event.listen(self._engine, "begin", _begin)
+        with self._errors():
+            self._prepare()
+
+    def close(self) -> None:
+        """Close every connection. The object cannot be used afterwards."""
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection that sees one state of the store."""
+        if self.path is None:
+            with self.write() as connection:
+                yield connection
+            return
+        with self._errors(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: committed at the end, undone when an error leaves it.
+
+        A transaction inside one of the same thread is part of it.
+        """
+        if self.readonly:
+            raise StoreError(f"{self.path}: opened read-only, nothing can be changed")
+        with self._errors(), self._write_lock:
+            held: Connection | None = getattr(self, "_held", None)
+            if held is not None:
+                yield held
+                return
+            with self._engine.connect() as connection:
+                connection = connection.execution_options(memos_write=self.path is not None)
+                with connection.begin():
+                    self._held: Connection | None = connection
+                    try:
+                        yield connection
+                    finally:
+                        self._held = None
+
+    def change(self, connection: Connection) -> int:
+        """Number of the last transaction that this connection sees."""
+        return int(connection.execute(_CHANGE).scalar_one())
+
+    def allocate(self, connection: Connection, rows: int = 0) -> tuple[int, int]:
+        """Number of this transaction, and the first of ``rows`` numbers for new cubes."""
+        change, last = connection.execute(_ALLOCATE, {"rows": rows}).one()
+        return int(change), int(last) - rows + 1
+
+    # Inside.
+
+    def _connect(self) -> sqlite3.Connection:
+        if self._pid != os.getpid():
+            raise StoreError(
+                f"{self.path}: opened before a fork; open the folder in the child process again"
+            )
+        if self.path is None:
+            name, uri = ":memory:", False
+        else:
+            mode = "ro" if self.readonly else "rwc"
+            name, uri = f"{self.path.absolute().as_uri()}?mode={mode}", True
+        connection = sqlite3.connect(
+            name, uri=uri, timeout=WAIT_S, isolation_level=None, check_same_thread=False
+        )
+        pragmas = ["foreign_keys=ON", "cache_size=-65536", "temp_store=MEMORY"]
+        if self.path is not None and not self.readonly:
+            pragmas += ["journal_mode=WAL", f"synchronous={'FULL' if self.durable else 'NORMAL'}"]
+        for pragma in pragmas:
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _prepare(self) -> None:
+        with self._engine.connect() as connection, connection.begin():
+            known = sqlalchemy.inspect(connection).has_table("store")
+            if known:
+                found = connection.execute(select(store.c.format)).scalar_one()
+                if found != FORMAT:
+                    raise StoreError(f"{self.path}: format {FORMAT} wanted, got {found}")
+                return
+            other = sqlalchemy.inspect(connection).get_table_names()
+        if other:
+            raise StoreError(f"{self.path}: a database of memos wanted, got tables {other[:3]}")
+        if self.readonly:
+            raise StoreError(f"{self.path}: a store wanted, got an empty database")
+        with self.write() as connection:
+            if sqlalchemy.inspect(connection).has_table("store"):
+                return  # another process was quicker
+            tables.create_all(connection)
+            first = {"id": 1, "format": FORMAT, "uuid": uuid.uuid4().hex}
+            first |= {"change": 0, "seq": 0}
+            connection.execute(store.insert(), first)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """SQLite's errors in words; those of memos pass."""
+        try:
+            yield
+        except sqlalchemy.exc.DBAPIError as error:
+            raise _translated(self.path, error.orig or error) from error
+        except sqlite3.Error as error:
+            raise _translated(self.path, error) from error
+
+
+def open_database(
+    folder: str | os.PathLike[str] | None, *, durable: bool = False, readonly: bool = False
+) -> Database:
+    """The database of a folder, made where it is not there; None: in memory."""
+    if folder is None:
+        return Database(None)
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"path: a folder wanted, got the file {path}")
+    if readonly and not (path / "records.sqlite").exists():
+        raise StoreError(f"{path}: no store there, and opened read-only")
+    try:
+        if not readonly:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path}: the folder cannot be made ({error.strerror})") from error
+    return Database(path / "records.sqlite", durable=durable, readonly=readonly)
+
+
+_CHANGE = select(store.c.change).where(store.c.id == 1)
+_ALLOCATE = (
+    store.update()
+    .where(store.c.id == 1)
+    .values(change=store.c.change + 1, seq=store.c.seq + bindparam("rows"))
+    .returning(store.c.change, store.c.seq)
+)
+
+
+def _begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("memos_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _translated(path: Path | None, error: Any) -> Exception:
+    text = str(error)
+    where = "the store in memory" if path is None else str(path)
+    if "locked" in text or "busy" in text:
+        return StoreLockedError(f"{where}: another process has been writing for {WAIT_S:.0f} s")
+    if "full" in text:
+        return StoreError(f"{where}: the disk is full; what was stored before is still there")
+    if "readonly" in text or "unable to open" in text:
+        return StoreError(f"{where}: it cannot be written ({text})")
+    return StoreError(f"{where}: {text}")

@@ -1,0 +1,175 @@
+"""Filters: a small typed language as Python dicts, compiled to parameterised SQL.
+
+    {"user_id": "u1"}                          equal; a list in the metadata: any element equal
+    {"stars": {"$gte": 3, "$lt": 5}}           $eq $ne $gt $gte $lt $lte, numbers or strings
+    {"lang": {"$in": ["de", "en"]}}            $in $nin
+    {"email": {"$exists": true}}
+    {"$or": [{...}, {...}]}                    $and $or $not
+    {"author.name": "Ann"}                     a path into the metadata
+    {"@importance": {"$gte": 0.5}}             @ names a field of the cube: see FIELDS
+
+Values compare within their type: 3 equals 3.0, but neither "3" nor true. $ne and $nin match also
+where the key is missing. Several keys of one dict: all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, false, not_, or_, select, true
+
+from memos.errors import ArgumentError
+from memos.records.schema import cubes, facts
+
+FIELDS = {
+    "@id": cubes.c.id,
+    "@kind": cubes.c.kind,
+    "@state": cubes.c.state,
+    "@importance": cubes.c.importance,
+    "@source": cubes.c.source,
+    "@creator": cubes.c.creator,
+    "@thread": cubes.c.thread,
+    "@created_at": cubes.c.created_at,
+    "@updated_at": cubes.c.updated_at,
+    "@expires_at": cubes.c.expires_at,
+}
+_NUMBERS = {"@importance", "@created_at", "@updated_at", "@expires_at"}
+_ORDER = {
+    "$gt": lambda column, value: column > value,
+    "$gte": lambda column, value: column >= value,
+    "$lt": lambda column, value: column < value,
+    "$lte": lambda column, value: column <= value,
+}
+_OPERATORS = ("$eq", "$ne", *_ORDER, "$in", "$nin", "$exists")
+
+NULL, BOOL, NUMBER, STRING, LARGE = range(5)
+_LONGEST = 256  # of a string that is looked up as it is
+_MAX_DEPTH = 32
+
+
+def compile_filter(filters: Mapping[str, Any] | None, memory: Any) -> ColumnElement[bool]:
+    """SQL that is true for the cubes of ``memory`` (its number, or a column) that match.
+
+    Raises ArgumentError, which names the part that is out of the language.
+    """
+    return _compile({} if filters is None else filters, memory, 0)
+
+
+def facts_of(metadata: Mapping[str, Any]) -> set[tuple[str, int, int | float, str]]:
+    """(key, type, number, string) of every scalar, with paths for what lies deeper."""
+    return set(_scalars("", metadata))
+
+
+def _scalars(path: str, value: Any) -> Iterator[tuple[str, int, int | float, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _scalars(f"{path}.{key}" if path else key, inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _scalars(path, inner)
+    else:
+        yield (path, *_typed(value))
+
+
+def _typed(value: Any) -> tuple[int, int | float, str]:
+    if value is None:
+        return NULL, 0, ""
+    if isinstance(value, bool):
+        return BOOL, int(value), ""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return LARGE, 0, str(value)
+    if isinstance(value, int | float):
+        return NUMBER, value, ""
+    if len(value) > _LONGEST:
+        name = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16)
+        return STRING, 0, value[:_LONGEST] + name.hexdigest()
+    return STRING, 0, value
+
+
+def _compile(filters: Any, memory: Any, depth: int) -> ColumnElement[bool]:
+    if not isinstance(filters, Mapping):
+        raise ArgumentError(f"filters: a dict wanted, got {filters!r}")
+    if depth > _MAX_DEPTH:
+        raise ArgumentError(f"filters: at most {_MAX_DEPTH} dicts inside one another wanted")
+    parts: list[ColumnElement[bool]] = []
+    for key, value in filters.items():
+        if not isinstance(key, str):
+            raise ArgumentError(f"filters: keys that are strings wanted, got {key!r}")
+        if key in ("$and", "$or"):
+            if not isinstance(value, list | tuple) or not value:
+                raise ArgumentError(f"filters: {key} wants a list of filters, got {value!r}")
+            inner = [_compile(item, memory, depth + 1) for item in value]
+            parts.append(and_(*inner) if key == "$and" else or_(*inner))
+        elif key == "$not":
+            parts.append(not_(_compile(value, memory, depth + 1)))
+        elif key.startswith("$"):
+            raise ArgumentError(f"filters: $and, $or, $not or a metadata key wanted, got {key!r}")
+        elif isinstance(value, Mapping):
+            if not value:
+                raise ArgumentError(f"filters: {key!r} wants an operator such as $gte, got {{}}")
+            parts += [_leaf(key, name, wanted, memory) for name, wanted in value.items()]
+        else:
+            parts.append(_leaf(key, "$eq", value, memory))
+    return and_(true(), *parts)
+
+
+def _leaf(key: str, name: str, value: Any, memory: Any) -> ColumnElement[bool]:
+    if name not in _OPERATORS:
+        raise ArgumentError(f"filters: {key!r} wants one of {', '.join(_OPERATORS)}, got {name!r}")
+    if name in ("$in", "$nin"):
+        if not isinstance(value, list | tuple | set | frozenset):
+            raise ArgumentError(f"filters: {key!r} {name} wants a list, got {value!r}")
+        found = or_(false(), *(_leaf(key, "$eq", item, memory) for item in value))
+        return found if name == "$in" else not_(found)
+    if name == "$ne":
+        return not_(_leaf(key, "$eq", value, memory))
+    if name == "$exists" and not isinstance(value, bool):
+        raise ArgumentError(f"filters: {key!r} $exists wants true or false, got {value!r}")
+    if key.startswith("@"):
+        return _field(key, name, value)
+    seqs = select(facts.c.seq).where(facts.c.memory == memory)
+    if name == "$exists":
+        inside = and_(facts.c.key > key + ".", facts.c.key < key + "/")  # "/" follows "."
+        found = cubes.c.seq.in_(seqs.where(or_(facts.c.key == key, inside)))
+        return found if value else not_(found)
+    seqs = seqs.where(facts.c.key == key)
+    kind, number, string = _value(key, name, value)
+    seqs = seqs.where(facts.c.type == kind)
+    if name == "$eq":
+        return cubes.c.seq.in_(seqs.where(facts.c.number == number, facts.c.string == string))
+    if kind == NUMBER:
+        seqs = seqs.where(_ORDER[name](facts.c.number, number), facts.c.string == "")
+    else:
+        seqs = seqs.where(facts.c.number == 0, _ORDER[name](facts.c.string, string))
+    return cubes.c.seq.in_(seqs)
+
+
+def _value(key: str, name: str, value: Any) -> tuple[int, int | float, str]:
+    if not isinstance(value, str | int | float | type(None)) or value != value:
+        raise ArgumentError(
+            f"filters: {key!r} {name} wants a string, number, true, false or null, got {value!r}"
+        )
+    kind, number, string = _typed(value)
+    if name in _ORDER and kind not in (NUMBER, STRING):
+        raise ArgumentError(
+            f"filters: {key!r} {name} wants a string or a 64-bit number, got {value!r}"
+        )
+    return kind, number, string
+
+
+def _field(key: str, name: str, value: Any) -> ColumnElement[bool]:
+    if key not in FIELDS:
+        raise ArgumentError(f"filters: one of {', '.join(FIELDS)} wanted, got {key!r}")
+    column: ColumnElement[Any] = FIELDS[key]
+    if name == "$exists":
+        return column.is_not(None) if value else column.is_(None)
+    if value is None and name == "$eq":
+        return column.is_(None)
+    wanted = (int, float) if key in _NUMBERS else (str,)
+    if not isinstance(value, wanted) or isinstance(value, bool) or value != value:
+        kind = "a number" if key in _NUMBERS else "a string"
+        raise ArgumentError(f"filters: {key!r} {name} wants {kind}, got {value!r}")
+    same = column == value if name == "$eq" else _ORDER[name](column, value)
+    return and_(column.is_not(None), same)

@@ -1,0 +1,164 @@
+"""The tables. One schema; the full-text tables of SQLite stand in fulltext.py.
+
+seq is a cube's row number: small, ordered by time, never used again; indexes hold it instead of
+the id. change numbers the transactions of the store: an index that has seen change n asks for
+rows with a greater one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
+from sqlalchemy.types import UserDefinedType
+
+FORMAT = 1  # of the tables; a store of another number is refused
+
+
+class Number(UserDefinedType[Any]):
+    """Integers and floats as they are: 64-bit integers stay exact."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "NUMERIC"
+
+
+tables = MetaData()
+
+store = Table(
+    "store",
+    tables,
+    Column("id", Integer, primary_key=True),
+    Column("format", Integer, nullable=False),
+    Column("uuid", Text, nullable=False),
+    Column("change", Integer, nullable=False),
+    Column("seq", Integer, nullable=False),
+)
+
+memories = Table(
+    "memories",
+    tables,
+    Column("id", Integer, primary_key=True),
+    Column("name", Text, nullable=False, unique=True),
+    Column("kind", Text, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("config", Text, nullable=False),
+    Column("created_at", Float(53), nullable=False),
+)
+
+cubes = Table(
+    "cubes",
+    tables,
+    Column("seq", Integer, primary_key=True),
+    Column("memory", Integer, ForeignKey("memories.id"), nullable=False),
+    Column("id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("text", Text, nullable=False),  # what full text and embedders read
+    Column("context", Text, nullable=False),  # metadata in words, read by full text
+    Column("content", Text),  # JSON; NULL: the content is the text itself
+    Column("metadata", Text, nullable=False),
+    Column("importance", Float(53), nullable=False),
+    Column("parent", Integer, ForeignKey("cubes.seq")),
+    Column("thread", Text),  # conversation or document whose cubes follow one another
+    Column("source", Text),
+    Column("creator", Text),
+    Column("derived_from", Text),
+    Column("acl", Text),
+    Column("author", Text),  # of this version
+    Column("created_at", Float(53), nullable=False),
+    Column("updated_at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
+    Column("digest", LargeBinary, nullable=False),
+    Column("change", Integer, nullable=False),
+    Index("cubes_id", "memory", "id", unique=True),
+    Index("cubes_digest", "memory", "digest"),
+    Index("cubes_parent", "parent", "seq"),
+    Index("cubes_thread", "memory", "thread", "seq"),
+    Index("cubes_expiry", "expires_at"),
+    sqlite_autoincrement=True,
+)
+
+versions = Table(
+    "versions",
+    tables,
+    Column("seq", Integer, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("text", Text, nullable=False),
+    Column("content", Text),
+    Column("metadata", Text, nullable=False),
+    Column("importance", Float(53), nullable=False),
+    Column("author", Text),
+    Column("source", Text),
+    Column("at", Float(53), nullable=False),
+    Column("digest", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+# One row for each scalar in the metadata: what filters look up.
+facts = Table(
+    "facts",
+    tables,
+    Column("memory", Integer, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("type", Integer, primary_key=True),
+    Column("number", Number, primary_key=True),
+    Column("string", Text, primary_key=True),
+    Column("seq", Integer, primary_key=True),
+    sqlite_with_rowid=False,
+)
+
+relations = Table(
+    "relations",
+    tables,
+    Column("id", Integer, primary_key=True),
+    Column("source", Integer, ForeignKey("cubes.seq"), nullable=False),
+    Column("type", Text, nullable=False),
+    Column("target", Integer, ForeignKey("cubes.seq"), nullable=False),
+    Column("weight", Float(53), nullable=False),
+    Column("properties", Text, nullable=False),
+    Column("cube", Integer, ForeignKey("cubes.seq")),  # a relationship that is a cube itself
+    Index("relations_source", "source", "type", "target"),
+    Index("relations_target", "target", "type", "source"),
+    Index("relations_cube", "cube"),
+)
+
+embedders = Table(
+    "embedders",
+    tables,
+    Column("id", Integer, primary_key=True),
+    Column("identity", Text, nullable=False, unique=True),
+    Column("dim", Integer, nullable=False),
+)
+
+vectors = Table(
+    "vectors",
+    tables,
+    Column("seq", Integer, ForeignKey("cubes.seq"), primary_key=True),
+    Column("memory", Integer, nullable=False),
+    Column("data", LargeBinary),  # little-endian numbers; NULL: it had one, and was deleted
+    Column("tokens", LargeBinary),  # token vectors for late interaction
+    Column("change", Integer, nullable=False),
+    Index("vectors_change", "memory", "change"),
+)
+
+embeddings = Table(  # equal texts are embedded once
+    "embeddings",
+    tables,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)

@@ -1,0 +1,115 @@
+"""Records: the store of all declarative memories of a MOS."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from memos.cube.identity import canonical
+from memos.errors import ArgumentError
+from memos.records.cubes import CubeTable
+from memos.records.database import open_database
+from memos.records.schema import cubes, memories
+from memos.records.scope import DELETED
+
+
+class Records:
+    """One SQLite file in a folder, and what is derived from it.
+
+    Thread-safe; several processes may open one folder, also for writing.
+
+    Args:
+        path:     a folder; None: in memory.
+        durable:  every commit waits for the disk, so that it survives a loss of power.
+        readonly: nothing is written.
+
+    Raises:
+        StoreError: the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        durable: bool = False,
+        readonly: bool = False,
+    ) -> None:
+        self.database = open_database(path, durable=durable, readonly=readonly)
+        self.folder = None if path is None else Path(path)
+        self.readonly = readonly
+        self._lock = threading.Lock()
+        self._tables: dict[str, CubeTable] = {}
+
+    def close(self) -> None:
+        """Close the file. What was committed is stored."""
+        self.database.close()
+
+    def register(
+        self, name: str, kind: str, description: str = "", config: dict[str, Any] | None = None
+    ) -> CubeTable:
+        """The cubes of a memory; the memory is made where it is new.
+
+        Raises ArgumentError when a memory of another kind has this name.
+        """
+        with self._lock:
+            if name not in self._tables:
+                self._tables[name] = self._register(name, kind, description, config or {})
+            return self._tables[name]
+
+    def memories(self) -> list[dict[str, Any]]:
+        """name, kind, description, config and number of living cubes of every memory."""
+        with self.database.read() as connection:
+            rows = connection.execute(select(memories).order_by(memories.c.id)).all()
+            return [
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    "description": row.description,
+                    "config": json.loads(row.config),
+                    "created_at": row.created_at,
+                }
+                for row in rows
+            ]
+
+    def locate(self, connection: Connection, id: str) -> list[tuple[int, str]]:
+        """(seq, name of its memory) of every living cube with this id."""
+        rows = connection.execute(
+            select(cubes.c.seq, memories.c.name)
+            .join(memories, memories.c.id == cubes.c.memory)
+            .where(memories.c.id == cubes.c.memory, cubes.c.id == id, cubes.c.state != DELETED)
+        )
+        return [(int(row[0]), row[1]) for row in rows]
+
+    def _register(
+        self, name: str, kind: str, description: str, config: dict[str, Any]
+    ) -> CubeTable:
+        known = select(memories.c.id, memories.c.kind).where(memories.c.name == name)
+        with self.database.read() as connection:
+            row = connection.execute(known).first()
+        if row is None and not self.readonly:
+            with self.database.write() as connection:
+                row = connection.execute(known).first()  # another process may have been quicker
+                if row is None:
+                    new = {
+                        "name": name,
+                        "kind": kind,
+                        "description": description,
+                        "config": canonical(config, "config"),
+                        "created_at": time.time(),
+                    }
+                    statement = memories.insert().returning(memories.c.id)
+                    number = connection.execute(statement, new).scalar_one()
+                    table = CubeTable(self.database, number, name)
+                    table.fulltext.create(connection)
+                    return table
+        if row is None:
+            raise ArgumentError(f"memory {name!r}: a memory of the store wanted, there is none")
+        if row.kind != kind:
+            raise ArgumentError(f"memory {name!r}: it is of kind {row.kind}, not {kind}")
+        return CubeTable(self.database, row.id, name)
