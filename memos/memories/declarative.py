@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memos.cube import Hit, MemCube, Relation, Version
 from memos.cube.identity import new_id
 from memos.errors import ArgumentError, NotFoundError
+from memos.memories.embedded import Embedded
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -37,6 +38,7 @@ class DeclarativeMemory:
         name: str,
         description: str = "",
         *,
+        embedder: Any = "auto",
         on_duplicate: str = "return",
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -48,6 +50,7 @@ class DeclarativeMemory:
             )
         self.name, self.description = name, description
         self.on_duplicate = on_duplicate
+        self.embedded = Embedded(name, embedder)
         self._clock = clock
         self._records: Records | None = None
         self._table: CubeTable | None = None
@@ -63,6 +66,7 @@ class DeclarativeMemory:
             if self._records is not None:
                 raise ArgumentError(f"memory {self.name!r}: it is registered with another MOS")
             self._table = records.register(self.name, self.kind, self.description, self.config())
+            self.embedded.bind(records, self._table.memory)
             self._records = records
 
     def config(self) -> dict[str, Any]:
@@ -71,6 +75,7 @@ class DeclarativeMemory:
 
     def close(self) -> None:
         """Give back what this memory holds; its cubes stay in the store."""
+        self.embedded.close()
 
     @property
     def records(self) -> Records:
@@ -194,11 +199,13 @@ class DeclarativeMemory:
         weight: float = 1.0,
     ) -> None:
         """Add a typed edge to another cube, of any memory. Raises NotFoundError."""
+        from memos.records.links import relate
+
         edge = _relation({"type": type, "target": target, "weight": weight})
         edge.properties.update(_metadata(properties))
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, self._scope())
-            self.table.relate(connection, seq, self._other(connection, edge.target), edge)
+            relate(connection, seq, self._other(connection, edge.target), edge)
 
     def expire(self) -> int:
         """Delete what has outlived its time; returns how many."""
@@ -230,7 +237,10 @@ class DeclarativeMemory:
         return content, None
 
     def _prepare(self, news: Sequence[New], items: Sequence[Mapping[str, Any]]) -> None:
-        """Before the transaction: what takes long, such as embedding."""
+        """Before the transaction: what takes long."""
+        vectors = self.embedded.encode([new.text for new in news])
+        for new, vector in zip(news, vectors, strict=True):
+            new.vector = vector
 
     def _place(self, connection: Connection, new: New, item: Mapping[str, Any]) -> None:
         """Inside the transaction: where a new cube stands."""
@@ -248,6 +258,8 @@ class DeclarativeMemory:
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         """Put new content into an update."""
         change.text, change.content = self._read(content)
+        change.vector = self.embedded.encode([change.text])[0]
+        change.clear_vector = True
 
     def _after_update(
         self, connection: Connection, seq: int, old: MemCube, change: Change

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, bindparam, or_, select
+from sqlalchemy import Connection, Row, bindparam, select
 
 from memos.cube import MemCube, Relation, Version
 from memos.cube.identity import canonical, digest
@@ -19,11 +19,10 @@ from memos.errors import NotFoundError
 from memos.records.database import Database
 from memos.records.filters import facts_of
 from memos.records.fulltext import FullText
-from memos.records.schema import cubes, facts, relations, vectors, versions
+from memos.records.links import chunks, relate, relations_of
+from memos.records.schema import cubes, facts, vectors, versions
 from memos.records.scope import DELETED, Scope
 from memos.records.words import context_of
-
-_CHUNK = 500  # rows looked up in one statement
 
 
 @dataclass
@@ -138,7 +137,7 @@ class CubeTable:
         if arrays:
             connection.exec_driver_sql(_INSERT_VECTORS, arrays)
         for seq, other, relation in edges:
-            self.relate(connection, seq, other, relation)
+            relate(connection, seq, other, relation)
         return list(range(first, first + len(news)))
 
     def update(self, connection: Connection, seq: int, change: Change, at: float) -> None:
@@ -188,7 +187,7 @@ class CubeTable:
         if not seqs:
             return
         number, _ = self.database.allocate(connection)
-        for row in self._rows(connection, seqs):
+        for row in self.rows(connection, seqs):
             self._keep(connection, row)
             self.fulltext.delete(connection, [(row.seq, row.text, row.context)])
             self._change_facts(connection, row.seq, json.loads(row.metadata), {})
@@ -201,32 +200,6 @@ class CubeTable:
             }
             connection.execute(cubes.update().where(cubes.c.seq == row.seq).values(new))
         self._drop_vectors(connection, seqs, number)
-
-    def relate(
-        self,
-        connection: Connection,
-        source: int,
-        target: int,
-        relation: Relation,
-        cube: int | None = None,
-    ) -> None:
-        """Add an edge between two cubes, of any memories; an equal one is replaced."""
-        same = and_(
-            relations.c.source == source,
-            relations.c.type == relation.type,
-            relations.c.target == target,
-            relations.c.cube.is_(None) if cube is None else relations.c.cube == cube,
-        )
-        connection.execute(relations.delete().where(same))
-        row = {
-            "source": source,
-            "type": relation.type,
-            "target": target,
-            "weight": relation.weight,
-            "properties": canonical(relation.properties, "relation.properties"),
-            "cube": cube,
-        }
-        connection.execute(relations.insert(), row)
 
     # Reading.
 
@@ -247,8 +220,8 @@ class CubeTable:
     def load(self, connection: Connection, seqs: Iterable[int], scope: Scope) -> dict[int, MemCube]:
         """The cubes that may be seen, by number, with their relations."""
         wanted = list(seqs)
-        rows = list(self._rows(connection, wanted, scope))
-        edges = self._relations(connection, [row.seq for row in rows], scope)
+        rows = list(self.rows(connection, wanted, scope))
+        edges = relations_of(connection, [row.seq for row in rows], scope)
         return {row.seq: self._cube(row, tuple(edges.get(row.seq, ()))) for row in rows}
 
     def recent(
@@ -267,7 +240,7 @@ class CubeTable:
         """The oldest living cube of each digest."""
         found: dict[bytes, int] = {}
         scope = Scope()
-        for part in _chunks(digests):
+        for part in chunks(digests):
             rows = connection.execute(
                 select(cubes.c.digest, cubes.c.seq)
                 .where(cubes.c.digest.in_(part), scope.lives(self.memory))
@@ -279,7 +252,7 @@ class CubeTable:
     def ids(self, connection: Connection, ids: Sequence[str]) -> dict[str, int]:
         """Which of these ids were ever used."""
         found: dict[str, int] = {}
-        for part in _chunks(ids):
+        for part in chunks(ids):
             rows = connection.execute(
                 select(cubes.c.id, cubes.c.seq).where(
                     cubes.c.memory == self.memory, cubes.c.id.in_(part)
@@ -317,16 +290,17 @@ class CubeTable:
     def _row(self, connection: Connection, seq: int) -> Row[Any]:
         return connection.execute(_BY_SEQ, {"wanted": seq}).one()
 
-    def _rows(
+    def rows(
         self, connection: Connection, seqs: Sequence[int], scope: Scope | None = None
     ) -> Iterator[Row[Any]]:
+        """The rows with these numbers, and parent_id; with a scope, those that may be seen."""
         parents = cubes.alias("parents")
         statement = select(cubes, parents.c.id.label("parent_id")).outerjoin(
             parents, parents.c.seq == cubes.c.parent
         )
         if scope is not None:
             statement = statement.where(scope.clause(self.memory))
-        for part in _chunks(seqs):
+        for part in chunks(seqs):
             yield from connection.execute(statement.where(cubes.c.seq.in_(part)))
 
     def _keep(self, connection: Connection, row: Row[Any]) -> None:
@@ -358,35 +332,8 @@ class CubeTable:
 
     def _drop_vectors(self, connection: Connection, seqs: Sequence[int], change: int) -> None:
         gone = {"data": None, "tokens": None, "change": change}
-        for part in _chunks(seqs):
+        for part in chunks(seqs):
             connection.execute(vectors.update().where(vectors.c.seq.in_(part)).values(gone))
-
-    def _relations(
-        self, connection: Connection, seqs: Sequence[int], scope: Scope
-    ) -> dict[int, list[Relation]]:
-        """Edges to living cubes, both ways."""
-        found: dict[int, list[Relation]] = {}
-        for outgoing, near, far in (
-            (True, relations.c.source, relations.c.target),
-            (False, relations.c.target, relations.c.source),
-        ):
-            statement = (
-                select(
-                    near, relations.c.type, cubes.c.id, relations.c.properties, relations.c.weight
-                )
-                .join(cubes, cubes.c.seq == far)
-                .where(
-                    relations.c.cube.is_(None),
-                    cubes.c.state != DELETED,
-                    or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > scope.now),
-                )
-                .order_by(relations.c.id)
-            )
-            for part in _chunks(seqs):
-                for row in connection.execute(statement.where(near.in_(part))):
-                    edge = Relation(row[1], row[2], json.loads(row[3]), row[4], outgoing)
-                    found.setdefault(int(row[0]), []).append(edge)
-        return found
 
     def _cube(self, row: Row[Any], edges: tuple[Relation, ...]) -> MemCube:
         return MemCube(
@@ -430,11 +377,6 @@ def _version(row: Row[Any], at: float) -> Version:
 
 def _json(value: Any) -> str | None:
     return None if value is None else canonical(value, "content")
-
-
-def _chunks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), _CHUNK):
-        yield items[start : start + _CHUNK]
 
 
 def _insert(table: Any, columns: Sequence[str], verb: str = "INSERT") -> str:

@@ -136,12 +136,15 @@ relations = Table(
     Index("relations_cube", "cube"),
 )
 
+# What made the vectors of a memory: those of another embedder mean something else.
 embedders = Table(
     "embedders",
     tables,
-    Column("id", Integer, primary_key=True),
-    Column("identity", Text, nullable=False, unique=True),
+    Column("memory", Integer, ForeignKey("memories.id"), primary_key=True),
+    Column("identity", Text, nullable=False),
     Column("dim", Integer, nullable=False),
+    Column("metric", Text, nullable=False),
+    Column("dtype", Text, nullable=False),
 )
 
 vectors = Table(

@@ -6,17 +6,47 @@ import json
 import os
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, select
 
 from memos.cube.identity import canonical
 from memos.errors import ArgumentError
 from memos.records.cubes import CubeTable
-from memos.records.database import open_database
-from memos.records.schema import cubes, memories
+from memos.records.database import Database, open_database
+from memos.records.schema import cubes, embedders, embeddings, memories
 from memos.records.scope import DELETED
+
+if TYPE_CHECKING:
+    from memos.records.vectors import VectorSearch
+
+
+class EmbeddingCache:
+    """Digest -> bytes, in the store's own file."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def get_many(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+        found: dict[bytes, bytes] = {}
+        with self._database.read() as connection:
+            for start in range(0, len(digests), 500):
+                rows = connection.execute(
+                    select(embeddings).where(
+                        embeddings.c.digest.in_(list(digests[start : start + 500]))
+                    )
+                )
+                found.update({row.digest: row.data for row in rows})
+        return found
+
+    def put_many(self, items: Mapping[bytes, bytes]) -> None:
+        if self._database.readonly or not items:
+            return
+        rows = list(items.items())
+        with self._database.write() as connection:
+            connection.exec_driver_sql("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
 
 
 class Records:
@@ -45,6 +75,7 @@ class Records:
         self.readonly = readonly
         self._lock = threading.Lock()
         self._tables: dict[str, CubeTable] = {}
+        self._embedders: dict[int, tuple[str, int]] = {}
 
     def close(self) -> None:
         """Close the file. What was committed is stored."""
@@ -85,6 +116,60 @@ class Records:
             .where(memories.c.id == cubes.c.memory, cubes.c.id == id, cubes.c.state != DELETED)
         )
         return [(int(row[0]), row[1]) for row in rows]
+
+    # Vectors.
+
+    def embedder_of(self, memory: int) -> tuple[str, int]:
+        """Identity and dim of what made a memory's vectors; ("", 0) where there are none."""
+        with self._lock:
+            if memory not in self._embedders:
+                with self.database.read() as connection:
+                    row = connection.execute(
+                        select(embedders).where(embedders.c.memory == memory)
+                    ).first()
+                if row is None:
+                    return "", 0
+                self._embedders[memory] = (row.identity, row.dim)
+            return self._embedders[memory]
+
+    def vector_search(
+        self,
+        memory: int,
+        *,
+        identity: str | None = None,
+        dim: int = 0,
+        metric: str = "cosine",
+        dtype: str = "float32",
+    ) -> VectorSearch | None:
+        """The vectors of a memory; made where they are new and an identity is given."""
+        from memos.records.vectors import VectorSearch
+
+        known = select(embedders).where(embedders.c.memory == memory)
+        with self.database.read() as connection:
+            row = connection.execute(known).first()
+        if row is None and identity is None:
+            return None
+        if row is None:
+            new = {"memory": memory, "identity": identity, "dim": dim}
+            with self.database.write() as connection:
+                row = connection.execute(known).first()
+                if row is None:
+                    new |= {"metric": metric, "dtype": dtype}
+                    connection.execute(embedders.insert(), new)
+                    row = connection.execute(known).one()
+        return VectorSearch(
+            self.database,
+            memory,
+            row.dim,
+            metric=row.metric,
+            dtype=row.dtype,
+            folder=None if self.folder is None else self.folder / "indexes",
+        )
+
+    @property
+    def embedding_cache(self) -> EmbeddingCache:
+        """Vectors of texts that were embedded before."""
+        return EmbeddingCache(self.database)
 
     def _register(
         self, name: str, kind: str, description: str, config: dict[str, Any]

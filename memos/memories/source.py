@@ -1,0 +1,146 @@
+"""A declarative memory as retrieval sees it: candidates by number, and what is known of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from sqlalchemy import Connection
+
+    from memos.cube import MemCube
+    from memos.memories.declarative import DeclarativeMemory
+    from memos.records.cubes import CubeTable
+    from memos.records.scope import Scope
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What ranking reads of a cube.
+
+    Args:
+        seq:     its number, ordered by time.
+        context: metadata in words, and the headings above it.
+        thread:  conversation or document whose units follow one another.
+        parent:  number of the unit above it.
+    """
+
+    seq: int
+    id: str
+    kind: str
+    text: str
+    context: str
+    metadata: Mapping[str, Any]
+    thread: str | None
+    parent: int | None
+    importance: float
+    created_at: float
+    updated_at: float
+
+
+class MemorySource:
+    """Thread-safe. Every path applies ``scope`` - states, expiry, filters, rights - first."""
+
+    def __init__(self, memory: DeclarativeMemory) -> None:
+        self.memory = memory
+        self.name, self.kind = memory.name, memory.kind
+
+    def search_text(
+        self, text: str, limit: int, scope: Scope, *, every_word: bool = False
+    ) -> tuple[Any, Any]:
+        """seq [n] int64 and BM25 [n] float64 of units with words of the text, best first."""
+        with self._read() as connection:
+            where = scope.clause(self._table.memory)
+            return self._table.fulltext.search(
+                connection, text, limit, where, every_word=every_word
+            )
+
+    def search_vector(self, vector: Any, limit: int, scope: Scope) -> tuple[Any, Any]:
+        """seq [n] int64 and similarity [n] float32 of the nearest units, best first."""
+        import numpy
+
+        with self._read() as connection:
+            found = self.memory.embedded.search(connection, vector, limit, scope)
+        if found is None:
+            return numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float32)
+        return found
+
+    def embed_query(self, text: str) -> Any:
+        """float32 [dim], or None where this memory has no vectors."""
+        return self.memory.embedded.query(text)
+
+    def vectors(self, seqs: Sequence[int]) -> dict[int, Any]:
+        """float32 [dim] of the units that have one."""
+        search = self.memory.embedded.search_or_none()
+        if search is None:
+            return {}
+        with self._read() as connection:
+            return search.rows(connection, seqs)
+
+    def load(self, seqs: Iterable[int], scope: Scope) -> dict[int, Unit]:
+        """The units that may be seen."""
+        with self._read() as connection:
+            rows = self._table.rows(connection, list(seqs), scope)
+            return {
+                row.seq: Unit(
+                    row.seq,
+                    row.id,
+                    row.kind,
+                    row.text,
+                    row.context,
+                    json.loads(row.metadata),
+                    row.thread,
+                    row.parent,
+                    row.importance,
+                    row.created_at,
+                    row.updated_at,
+                )
+                for row in rows
+            }
+
+    def neighbours(
+        self, seqs: Sequence[int], scope: Scope, reach: int = 1
+    ) -> dict[int, tuple[list[int], list[int]]]:
+        """For each unit the ``reach`` ones before it (nearest first) and after it in its thread."""
+        from memos.records.links import neighbours_of
+
+        with self._read() as connection:
+            return neighbours_of(connection, list(seqs), scope, reach)
+
+    def relations(self, seqs: Sequence[int]) -> list[tuple[int, str, int, float]]:
+        """(source, type, target, weight) of every edge at one of these units, of any memory."""
+        from memos.records.links import edges_of
+
+        with self._read() as connection:
+            return edges_of(connection, list(seqs))
+
+    def document_frequencies(self, words: Sequence[str]) -> dict[str, int]:
+        """In how many units each word occurs, in any form with the same stem."""
+        from memos.records.fulltext import stems_of
+
+        stems = stems_of(tuple(words))
+        with self._read() as connection:
+            total = self._table.fulltext.rows(connection)
+            counts = self._table.fulltext.document_frequencies(connection, stems.values(), total)
+        return {word: counts.get(stems.get(word, word), 0) for word in words}
+
+    def count(self) -> int:
+        """About how many units there are."""
+        with self._read() as connection:
+            return self._table.fulltext.rows(connection)
+
+    def cubes(self, seqs: Sequence[int], scope: Scope) -> dict[int, MemCube]:
+        """The cubes that may be seen, whole."""
+        with self._read() as connection:
+            return self._table.load(connection, list(seqs), scope)
+
+    @property
+    def _table(self) -> CubeTable:
+        return self.memory.table
+
+    def _read(self) -> AbstractContextManager[Connection]:
+        return self.memory.records.database.read()

@@ -1,0 +1,135 @@
+"""The vectors of one memory: rows in the store, and an index in memory that follows them.
+
+The rows are the truth. The index asks for what changed since it last looked, so that writes of
+other processes are seen too; its file is a cache, thrown away whenever it does not fit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+from sqlalchemy import Connection, select
+
+from memos.records.database import Database
+from memos.records.index import VectorIndex
+from memos.records.schema import cubes, vectors
+from memos.records.scope import Scope
+
+_SAVE_FROM = 5000  # vectors; fewer are read from their rows as fast as from a file
+
+
+class VectorSearch:
+    """Thread-safe.
+
+    Args:
+        memory: number of the memory; dim, metric: of its vectors.
+        dtype:  float32 or float16, in the rows and in the index.
+        folder: where the index is cached; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        memory: int,
+        dim: int,
+        *,
+        metric: str = "cosine",
+        dtype: str = "float32",
+        folder: Path | None = None,
+    ) -> None:
+        self.database, self.memory, self.dim = database, memory, dim
+        self.metric, self.dtype = metric, dtype
+        self._path = None if folder is None else folder / f"vectors-{memory}.index"
+        self._index: VectorIndex | None = None
+        self._seen = self._saved = 0
+        self._lock = threading.Lock()
+
+    def encode(self, array: Any) -> list[bytes]:
+        """Rows [n, dim] as they are stored."""
+        wanted = numpy.ascontiguousarray(array, dtype=f"<f{4 if self.dtype == 'float32' else 2}")
+        return [row.tobytes() for row in wanted]
+
+    def decode(self, data: bytes) -> Any:
+        """A stored row as float32 [dim]."""
+        kind = f"<f{4 if self.dtype == 'float32' else 2}"
+        return numpy.frombuffer(data, dtype=kind).astype(numpy.float32)
+
+    def search(
+        self, connection: Connection, query: Any, limit: int, scope: Scope
+    ) -> tuple[Any, Any]:
+        """seq [n] int64 and similarity [n] float32 of the nearest cubes, best first."""
+        index = self.index(connection)
+        allowed = None
+        if not scope.is_open:
+            rows = connection.execute(
+                select(cubes.c.seq).where(scope.clause(self.memory)).order_by(cubes.c.seq)
+            ).all()
+            allowed = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
+        keys, scores = index.search(query, limit, allowed)
+        return keys, scores
+
+    def rows(self, connection: Connection, seqs: Sequence[int]) -> dict[int, Any]:
+        """The stored vectors of these cubes, float32 [dim]."""
+        found = connection.execute(
+            select(vectors.c.seq, vectors.c.data).where(
+                vectors.c.seq.in_(list(seqs)), vectors.c.data.is_not(None)
+            )
+        )
+        return {int(row[0]): self.decode(row[1]) for row in found}
+
+    def index(self, connection: Connection) -> VectorIndex:
+        """The index, brought up to what this connection sees."""
+        with self._lock:
+            now = self.database.change(connection)
+            if self._index is None:
+                self._open(connection)
+            assert self._index is not None
+            if now > self._seen:
+                self._follow(connection)
+                self._seen = now
+            return self._index
+
+    def close(self) -> None:
+        """Write the cache file, where it pays for itself."""
+        with self._lock:
+            index = self._index
+            if index is None or self._path is None or self.database.readonly:
+                return
+            if len(index) >= _SAVE_FROM and self._seen > self._saved:
+                self._path.parent.mkdir(exist_ok=True)
+                index.save(self._path, stamp=self._seen)
+                self._saved = self._seen
+            self._index = None
+
+    def _open(self, connection: Connection) -> None:
+        if self._path is not None:
+            loaded = VectorIndex.load(
+                self._path, dim=self.dim, metric=self.metric, dtype=self.dtype
+            )
+            if loaded is not None:
+                index, stamp = loaded
+                if stamp <= self.database.change(connection):
+                    self._index, self._seen, self._saved = index, stamp, stamp
+                    return
+        self._index, self._seen = VectorIndex(self.dim, self.metric, self.dtype), 0
+
+    def _follow(self, connection: Connection) -> None:
+        assert self._index is not None
+        rows = connection.execute(
+            select(vectors.c.seq, vectors.c.data).where(
+                vectors.c.memory == self.memory, vectors.c.change > self._seen
+            )
+        ).all()
+        gone = [int(row[0]) for row in rows if row[1] is None]
+        here = [row for row in rows if row[1] is not None]
+        if gone:
+            self._index.remove(numpy.array(gone, numpy.int64))
+        if here:
+            keys = numpy.fromiter((row[0] for row in here), numpy.int64, len(here))
+            data = b"".join(row[1] for row in here)
+            kind = f"<f{4 if self.dtype == 'float32' else 2}"
+            self._index.add(keys, numpy.frombuffer(data, dtype=kind).reshape(len(here), self.dim))
