@@ -24,12 +24,14 @@ class Unit:
 
     Args:
         seq:     its number, ordered by time.
+        change:  number of the transaction that wrote this version of it.
         context: metadata in words, and the headings above it.
         thread:  conversation or document whose units follow one another.
         parent:  number of the unit above it.
     """
 
     seq: int
+    change: int
     id: str
     kind: str
     text: str
@@ -88,6 +90,7 @@ class MemorySource:
             return {
                 row.seq: Unit(
                     row.seq,
+                    row.change,
                     row.id,
                     row.kind,
                     row.text,
@@ -117,6 +120,13 @@ class MemorySource:
 
         with self._read() as connection:
             return edges_of(connection, list(seqs))
+
+    def named_values(self, words: Sequence[str]) -> list[tuple[str, str]]:
+        """(key, value) of the different metadata strings that begin with one of the words."""
+        from memos.records.filters import values_beginning
+
+        with self._read() as connection:
+            return values_beginning(connection, self._table.memory, words)
 
     def document_frequencies(self, words: Sequence[str]) -> dict[str, int]:
         """In how many units each word occurs, in any form with the same stem."""

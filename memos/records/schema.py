@@ -118,6 +118,7 @@ facts = Table(
     Column("number", Number, primary_key=True),
     Column("string", Text, primary_key=True),
     Column("seq", Integer, primary_key=True),
+    Index("facts_string", "memory", "type", "string", "key"),
     sqlite_with_rowid=False,
 )
 
