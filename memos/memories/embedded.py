@@ -50,6 +50,8 @@ class Embedded:
     @property
     def embedder(self) -> Any:
         """The embedder, resolved at its first use; None where there is none."""
+        if self._wish is None:
+            return None
         with self._lock:
             if not self._is_resolved:
                 from memos.records.embedding import CachedEmbedder, resolve
