@@ -46,6 +46,7 @@ class New:
     expires_at: float | None = None
     vector: bytes | None = None
     tokens: bytes | None = None
+    context: str | None = None  # words for full text beside the text; None: the metadata's
     relations: Sequence[tuple[int, Relation]] = ()  # (seq of the other cube, edge)
 
     def digest(self) -> bytes:
@@ -63,20 +64,27 @@ def content_digest(
 
 @dataclass
 class Change:
-    """What an update gives; None: stays. ``clear_vector``: the old one no longer fits."""
+    """What an update gives; None: stays. ``clear_vector``: the old one no longer fits.
+
+    ``text`` and ``content`` go together: where a text is given, content None means that the
+    content is the text. ``move``: ``parent``, ``position`` and ``thread`` count, also None.
+    """
 
     text: str | None = None
     content: Any = None
     metadata: dict[str, Any] | None = None
     importance: float | None = None
+    move: bool = False
     parent: int | None = None
-    move: bool = False  # ``parent`` counts, also None
+    position: int | None = None
+    thread: str | None = None
     expires_at: float | None = None
     acl: Any = None
     author: str | None = None
     source: str | None = None
     vector: bytes | None = None
     tokens: bytes | None = None
+    context: str | None = None
     clear_vector: bool = field(default=False)
 
 
@@ -96,7 +104,8 @@ class CubeTable:
         change, first = self.database.allocate(connection, len(news))
         rows, keys, texts, edges, arrays = [], [], [], [], []
         for seq, new in enumerate(news, first):
-            metadata, context = canonical(new.metadata), context_of(new.metadata)
+            metadata = canonical(new.metadata)
+            context = context_of(new.metadata) if new.context is None else new.context
             content = _json(new.content)
             rows.append(
                 (
@@ -112,6 +121,7 @@ class CubeTable:
                     metadata,
                     new.importance,
                     new.parent,
+                    None,
                     new.thread,
                     new.source,
                     new.creator,
@@ -146,11 +156,14 @@ class CubeTable:
         old = self._row(connection, seq)
         self._keep(connection, old)
         text = old.text if change.text is None else change.text
-        content = old.content if change.content is None else _json(change.content)
+        content = old.content
+        if change.text is not None or change.content is not None:
+            content = _json(change.content)
         metadata, context = old.metadata, old.context
         if change.metadata is not None:
             metadata, context = canonical(change.metadata), context_of(change.metadata)
             self._change_facts(connection, seq, json.loads(old.metadata), change.metadata)
+        context = context if change.context is None else change.context
         if (text, context) != (old.text, old.context):
             self.fulltext.delete(connection, [(seq, old.text, old.context)])
             self.fulltext.insert(connection, [(seq, text, context)])
@@ -167,6 +180,8 @@ class CubeTable:
             "change": number,
             "digest": content_digest(old.kind, text, content, metadata, parent),
         }
+        if change.move:
+            new |= {"position": change.position, "thread": change.thread}
         for name in ("importance", "expires_at", "source"):
             if (value := getattr(change, name)) is not None:
                 new[name] = value
@@ -179,6 +194,23 @@ class CubeTable:
             )
         elif change.clear_vector:
             self._drop_vectors(connection, [seq], number)
+
+    def reword(self, connection: Connection, contexts: Mapping[int, str]) -> None:
+        """Give cubes other words for full text; no new version, the content is what it was."""
+        rows = [
+            row
+            for row in self.rows(connection, list(contexts))
+            if row.state != DELETED and row.context != contexts[row.seq]
+        ]
+        if not rows:
+            return
+        number, _ = self.database.allocate(connection)
+        self.fulltext.delete(connection, [(row.seq, row.text, row.context) for row in rows])
+        self.fulltext.insert(connection, [(row.seq, row.text, contexts[row.seq]) for row in rows])
+        connection.exec_driver_sql(
+            "UPDATE cubes SET context = ?, change = ? WHERE seq = ?",
+            [(contexts[row.seq], number, row.seq) for row in rows],
+        )
 
     def delete(
         self, connection: Connection, seqs: Sequence[int], at: float, author: str | None = None

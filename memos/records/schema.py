@@ -72,6 +72,7 @@ cubes = Table(
     Column("metadata", Text, nullable=False),
     Column("importance", Float(53), nullable=False),
     Column("parent", Integer, ForeignKey("cubes.seq")),
+    Column("position", Integer),  # among its siblings, as if it were the seq; NULL: the seq
     Column("thread", Text),  # conversation or document whose cubes follow one another
     Column("source", Text),
     Column("creator", Text),
