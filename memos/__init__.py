@@ -10,17 +10,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memos.cube import MemCube
-    from memos.memories.kv_cache import KVCacheMemory
+    from memos.cube import Hit, MemCube
+    from memos.memories import (
+        GeneralTextMemory,
+        GraphMemory,
+        KVCacheMemory,
+        TreeTextMemory,
+        VectorMemory,
+    )
+    from memos.mos import MOS
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "KVCacheMemory": "memos.memories.kv_cache",
+    "GeneralTextMemory": "memos.memories",
+    "GraphMemory": "memos.memories",
+    "Hit": "memos.cube",
+    "KVCacheMemory": "memos.memories",
+    "MOS": "memos.mos",
     "MemCube": "memos.cube",
+    "TreeTextMemory": "memos.memories",
+    "VectorMemory": "memos.memories",
 }
 
-__all__ = ["KVCacheMemory", "MemCube", "__version__"]
+__all__ = [
+    "MOS",
+    "GeneralTextMemory",
+    "GraphMemory",
+    "Hit",
+    "KVCacheMemory",
+    "MemCube",
+    "TreeTextMemory",
+    "VectorMemory",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -89,6 +90,16 @@ class DeclarativeMemory:
         assert self._table is not None
         return self._table
 
+    @classmethod
+    def restored(cls, name: str, description: str, config: Mapping[str, Any]) -> DeclarativeMemory:
+        """The memory that a store knows by this name."""
+        return cls(name, description)
+
+    def stats(self) -> dict[str, Any]:
+        """cubes: how many live; vectors: how many of them have one."""
+        with self.records.database.read() as connection:
+            return self.table.stats(connection, self.scope())
+
     # The verbs.
 
     def add(self, content: Any, metadata: Mapping[str, Any] | None = None, **more: Any) -> MemCube:
@@ -116,19 +127,16 @@ class DeclarativeMemory:
             ArgumentError: names the item; its transaction is undone, earlier ones are stored.
         """
         stored: list[MemCube] = []
+        names: dict[str, int] = {}
         for batch in _batches(items):
-            seqs = self._add_batch(batch)
-            with self.records.database.read() as connection:
-                cubes = self.table.load(connection, seqs, self._scope())
-            for seq in seqs:
-                stored.append(cubes[seq])
+            stored += self._store(batch, names)
             if progress is not None:
                 progress(len(stored))
         return stored
 
     def get(self, memory_id: str) -> MemCube:
         """The cube with this id. Raises NotFoundError."""
-        scope = self._scope()
+        scope = self.scope()
         with self.records.database.read() as connection:
             seq = self.table.seq(connection, memory_id, scope)
             return self.table.load(connection, [seq], scope)[seq]
@@ -151,7 +159,7 @@ class DeclarativeMemory:
         """
         from memos.records.cubes import Change
 
-        now, scope = self._clock(), self._scope()
+        now, scope = self._clock(), self.scope()
         change = Change(author=author, source=source, acl=acl)
         change.importance = None if importance is None else _importance(importance)
         change.expires_at = _expiry(ttl_s, now)
@@ -169,7 +177,7 @@ class DeclarativeMemory:
     def delete(self, memory_id: str, *, author: str | None = None) -> None:
         """State DELETED: no query finds it any more, its history stays. Raises NotFoundError."""
         with self.records.database.write() as connection:
-            seq = self.table.seq(connection, memory_id, self._scope())
+            seq = self.table.seq(connection, memory_id, self.scope())
             gone = self._with_dependents(connection, seq)
             self.table.delete(connection, gone, self._clock(), author)
             self._after_delete(connection, gone)
@@ -183,7 +191,7 @@ class DeclarativeMemory:
         self, limit: int | None = 100, *, filters: Mapping[str, Any] | None = None
     ) -> list[MemCube]:
         """Cubes, newest first."""
-        scope = self._scope(filters)
+        scope = self.scope(filters)
         with self.records.database.read() as connection:
             seqs = self.table.recent(connection, scope, limit)
             cubes = self.table.load(connection, seqs, scope)
@@ -204,17 +212,22 @@ class DeclarativeMemory:
         edge = _relation({"type": type, "target": target, "weight": weight})
         edge.properties.update(_metadata(properties))
         with self.records.database.write() as connection:
-            seq = self.table.seq(connection, memory_id, self._scope())
+            seq = self.table.seq(connection, memory_id, self.scope())
             relate(connection, seq, self._other(connection, edge.target), edge)
 
     def expire(self) -> int:
-        """Delete what has outlived its time; returns how many."""
+        """Delete what has outlived its time, and what goes with it; returns how many."""
         now = self._clock()
         with self.records.database.read() as connection:
             if not self.table.expired(connection, now):
                 return 0
         with self.records.database.write() as connection:
-            seqs = self.table.expired(connection, now)
+            over = self.table.expired(connection, now)
+            seqs = list(
+                dict.fromkeys(
+                    gone for seq in over for gone in self._with_dependents(connection, seq)
+                )
+            )
             self.table.delete(connection, seqs, now, author="ttl")
             self._after_delete(connection, seqs)
         return len(seqs)
@@ -241,6 +254,21 @@ class DeclarativeMemory:
         vectors = self.embedded.encode([new.text for new in news])
         for new, vector in zip(news, vectors, strict=True):
             new.vector = vector
+
+    def _place_all(
+        self,
+        connection: Connection,
+        news: Sequence[New],
+        items: Sequence[Mapping[str, Any]],
+        names: Mapping[str, int],
+    ) -> None:
+        """Inside the transaction: where new cubes stand.
+
+        ``names``: ids that were given to exact duplicates in this call, and the numbers of the
+        cubes that they repeat.
+        """
+        for new, item in zip(news, items, strict=True):
+            self._place(connection, new, item)
 
     def _place(self, connection: Connection, new: New, item: Mapping[str, Any]) -> None:
         """Inside the transaction: where a new cube stands."""
@@ -273,32 +301,37 @@ class DeclarativeMemory:
 
     # Inside.
 
-    def _scope(self, filters: Mapping[str, Any] | None = None) -> Scope:
+    def scope(self, filters: Mapping[str, Any] | None = None) -> Scope:
+        """What a call with these filters may see now."""
         from memos.records.scope import Scope
 
         return Scope(filters or {}, self._clock())
 
-    def _add_batch(self, items: Sequence[Mapping[str, Any]]) -> list[int]:
+    def _store(self, items: Sequence[Mapping[str, Any]], names: dict[str, int]) -> list[MemCube]:
+        """Store cubes in one transaction, which also reads them."""
         now = self._clock()
         news = [self._new(item, now) for item in items]
         self._prepare(news, items)
         with self.records.database.write() as connection:
             self._check_ids(connection, [new.id for new in news])
+            self._place_all(connection, news, items, names)
             for new, item in zip(news, items, strict=True):
-                self._place(connection, new, item)
                 edges = [_relation(edge) for edge in item.get("relations") or ()]
                 new.relations = [(self._other(connection, e.target), e) for e in edges]
             known = self._duplicates(connection, news)
             fresh = [new for new, seq in zip(news, known, strict=True) if seq is None]
             seqs = self.table.insert(connection, fresh)
             self._after_insert(connection, seqs, fresh)
-        by_id = dict(zip((new.id for new in fresh), seqs, strict=True))
-        by_digest = {new.digest(): by_id[new.id] for new in fresh} if 0 in known else {}
-        found = []
-        for new, seq in zip(news, known, strict=True):
-            again = by_digest[new.digest()] if seq == 0 else seq
-            found.append(by_id[new.id] if again is None else again)
-        return found
+            by_id = dict(zip((new.id for new in fresh), seqs, strict=True))
+            by_digest = {new.digest(): by_id[new.id] for new in fresh} if 0 in known else {}
+            found = []
+            for new, seq in zip(news, known, strict=True):
+                again = by_digest[new.digest()] if seq == 0 else seq
+                found.append(by_id[new.id] if again is None else again)
+                if again is not None:
+                    names[new.id] = again
+            cubes = self.table.load(connection, found, self.scope())
+            return [cubes[seq] for seq in found]
 
     def _duplicates(self, connection: Connection, news: Sequence[New]) -> list[int | None]:
         """For each new cube the living one that it repeats, 0 for one of this batch, or None."""
@@ -405,7 +438,7 @@ def _expiry(ttl_s: Any, now: float) -> float | None:
         return None
     if not isinstance(ttl_s, int | float) or isinstance(ttl_s, bool) or not ttl_s > 0:
         raise ArgumentError(f"ttl_s: seconds above 0 wanted, got {ttl_s!r}")
-    return now + ttl_s
+    return max(now + ttl_s, math.nextafter(now, math.inf))  # a tiny one is lost in the sum
 
 
 def _thread(given: Any, metadata: Mapping[str, Any]) -> str | None:

@@ -40,6 +40,11 @@ class Embedded:
         self._search: VectorSearch | None = None
         self._lock = threading.Lock()
 
+    @property
+    def has_wish(self) -> bool:
+        """Whether an embedder was asked for."""
+        return self._wish is not None
+
     def bind(self, records: Records, memory: int) -> None:
         self._records, self._memory = records, memory
 

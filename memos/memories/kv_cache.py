@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from memos.cube import MemCube
+from memos.cube import MemCube, Version
 from memos.errors import ArgumentError, NotFoundError
 from memos.kernels.codec import Codec
 from memos.kv.sessions import Session
@@ -265,6 +265,12 @@ class KVCacheMemory:
                 f"query: 'user:ID', 'session:ID' or token ids wanted, got {query!r}"
             )
         wanted = dict(filters or {})
+        for key, value in wanted.items():
+            if key.startswith("$") or isinstance(value, dict):
+                raise ArgumentError(
+                    f"filters: memory {self.name!r} compares items for equality, got "
+                    f"{key!r}: {value!r}"
+                )
         if kind == "user":
             sessions = self._tenant.sessions(**{**wanted, "user_id": name})
         else:
@@ -279,13 +285,42 @@ class KVCacheMemory:
                 cubes.append(cube)
         return cubes
 
+    def get(self, memory_id: str) -> MemCube:
+        """The session of this id with its cache. Raises NotFoundError."""
+        return self._cube(self._session(memory_id))
+
+    def has(self, memory_id: str) -> bool:
+        """Whether there is such a session."""
+        return self._tenant.session(memory_id) is not None
+
+    def history(self, memory_id: str) -> list[Version]:
+        """One entry: a cache replaces the one before. Raises NotFoundError."""
+        session = self._session(memory_id)
+        return [
+            Version(
+                number=1,
+                content=None,
+                metadata=dict(session.metadata),
+                state="CREATED",
+                importance=0.5,
+                author=None,
+                source=None,
+                at=session.updated_at,
+                digest=b"".join(session.keys[-1:]).hex(),
+            )
+        ]
+
+    def _session(self, memory_id: str) -> Session:
+        session = self._tenant.session(memory_id)
+        if session is None:
+            raise NotFoundError(f"memory {self.name!r}: no session {memory_id!r}")
+        return session
+
     def update(
         self, memory_id: str, content: Any = None, metadata: dict[str, Any] | None = None
     ) -> MemCube:
         """Replace a session's cache, or add metadata items, or both. Raises NotFoundError."""
-        session = self._tenant.session(memory_id)
-        if session is None:
-            raise NotFoundError(f"memory {self.name!r}: no session {memory_id!r}")
+        session = self._session(memory_id)
         items = {**session.metadata, **_checked(metadata)}
         if content is None:
             return self._cube(
@@ -389,7 +424,14 @@ class KVCacheMemory:
             restored.tokens * archive.shape.token_bytes(),
         )
         metadata = {**metadata, **dict(zip(_ON_CUBES, figures, strict=True))}
-        return MemCube(id=id, kind=self.kind, content=restored.cache, metadata=metadata, **fields)
+        return MemCube(
+            id=id,
+            kind=self.kind,
+            content=restored.cache,
+            metadata=metadata,
+            memory=self.name,
+            **fields,
+        )
 
     def _save(self, id: str, content: Any, metadata: dict[str, Any]) -> MemCube:
         cache = self._cache_of(content)

@@ -7,11 +7,11 @@ overwritten: an update or a deletion keeps what was there as a version.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy import Connection, Row, bindparam, func, select
 
 from memos.cube import MemCube, Relation, Version
 from memos.cube.identity import canonical, digest
@@ -94,6 +94,7 @@ class CubeTable:
     def __init__(self, database: Database, memory: int, name: str) -> None:
         self.database, self.memory, self.name = database, memory, name
         self.fulltext = FullText(memory)
+        self.shown: Callable[[Any], Any] = lambda content: content  # stored content as it is read
 
     # Writing.
 
@@ -303,8 +304,18 @@ class CubeTable:
         old = connection.execute(
             select(versions).where(versions.c.seq == row.seq).order_by(versions.c.version)
         )
-        found = [_version(v, v.at) for v in old]
-        return [*found, _version(row, row.updated_at)]
+        found = [self._version(v, v.at) for v in old]
+        return [*found, self._version(row, row.updated_at)]
+
+    def stats(self, connection: Connection, scope: Scope) -> dict[str, int]:
+        """cubes: how many may be seen; vectors: how many of the memory's have one."""
+        count = select(func.count()).select_from(cubes).where(scope.clause(self.memory))
+        have = select(func.count()).select_from(vectors)
+        have = have.where(vectors.c.memory == self.memory, vectors.c.data.is_not(None))
+        return {
+            "cubes": connection.execute(count).scalar_one(),
+            "vectors": connection.execute(have).scalar_one(),
+        }
 
     def expired(self, connection: Connection, now: float) -> list[int]:
         """Numbers of the cubes whose time is over."""
@@ -367,11 +378,27 @@ class CubeTable:
         for part in chunks(seqs):
             connection.execute(vectors.update().where(vectors.c.seq.in_(part)).values(gone))
 
+    def _content(self, row: Row[Any]) -> Any:
+        return row.text if row.content is None else self.shown(json.loads(row.content))
+
+    def _version(self, row: Row[Any], at: float) -> Version:
+        return Version(
+            number=row.version,
+            content=self._content(row),
+            metadata=json.loads(row.metadata),
+            state=row.state,
+            importance=row.importance,
+            author=row.author,
+            source=row.source,
+            at=at,
+            digest=row.digest.hex(),
+        )
+
     def _cube(self, row: Row[Any], edges: tuple[Relation, ...]) -> MemCube:
         return MemCube(
             id=row.id,
             kind=row.kind,
-            content=_content(row),
+            content=self._content(row),
             metadata=json.loads(row.metadata),
             relations=edges,
             acl=None if row.acl is None else json.loads(row.acl),
@@ -387,24 +414,6 @@ class CubeTable:
             derived_from=tuple(json.loads(row.derived_from)) if row.derived_from else (),
             expires_at=row.expires_at,
         )
-
-
-def _content(row: Row[Any]) -> Any:
-    return row.text if row.content is None else json.loads(row.content)
-
-
-def _version(row: Row[Any], at: float) -> Version:
-    return Version(
-        number=row.version,
-        content=_content(row),
-        metadata=json.loads(row.metadata),
-        state=row.state,
-        importance=row.importance,
-        author=row.author,
-        source=row.source,
-        at=at,
-        digest=row.digest.hex(),
-    )
 
 
 def _json(value: Any) -> str | None:

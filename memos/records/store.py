@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, true
 
 from memos.cube.identity import canonical
 from memos.errors import ArgumentError
@@ -108,12 +108,21 @@ class Records:
                 for row in rows
             ]
 
-    def locate(self, connection: Connection, id: str) -> list[tuple[int, str]]:
-        """(seq, name of its memory) of every living cube with this id."""
+    def file_bytes(self) -> int:
+        """Bytes of the store on disk, indexes and write-ahead log included; 0 in memory."""
+        if self.folder is None:
+            return 0
+        files = [*self.folder.glob("records.sqlite*"), *self.folder.glob("indexes/*")]
+        return sum(file.stat().st_size for file in files)
+
+    def locate(
+        self, connection: Connection, id: str, *, dead: bool = False
+    ) -> list[tuple[int, str]]:
+        """(seq, name of its memory) of every cube with this id; deleted ones where ``dead``."""
         rows = connection.execute(
             select(cubes.c.seq, memories.c.name)
             .join(memories, memories.c.id == cubes.c.memory)
-            .where(memories.c.id == cubes.c.memory, cubes.c.id == id, cubes.c.state != DELETED)
+            .where(cubes.c.id == id, true() if dead else cubes.c.state != DELETED)
         )
         return [(int(row[0]), row[1]) for row in rows]
 

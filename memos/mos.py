@@ -1,0 +1,426 @@
+"""MOS: the facade over every memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from memos.cube import Hit, MemCube, Version
+from memos.errors import ArgumentError, NotFoundError
+from memos.memories.declarative import DeclarativeMemory
+
+if TYPE_CHECKING:
+    from memos.records.store import Records
+    from memos.retrieval import Context, Explanation, Pipeline
+
+M = TypeVar("M")
+
+
+class MOS:
+    """The memory operating system: memories under one roof, with the same verbs.
+
+    Thread-safe. Several processes may open one folder; writers take turns.
+
+    Args:
+        path:     a folder, made where it is not there: everything survives a restart and a
+            crash. None: everything in this process, nothing on disk.
+        durable:  every write waits for the disk, so that it survives a loss of power too.
+        readonly: nothing is written.
+        clock:    seconds since 1970.
+
+    Raises:
+        StoreError: the folder cannot be used, or holds something else.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        durable: bool = False,
+        readonly: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        from memos.records.store import Records
+
+        self.path = path
+        self.records: Records = Records(path, durable=durable, readonly=readonly)
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._memories: dict[str, Any] = {}
+        self._restored: set[str] = set()
+        self._pipeline: Pipeline | None = None
+        for row in self.records.memories():
+            memory = _restored(row)
+            if memory is not None:
+                memory.bind(self.records)
+                self._memories[row["name"]] = memory
+                self._restored.add(row["name"])
+
+    def __enter__(self) -> MOS:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write the caches of the indexes and close the files. The cubes are stored already."""
+        with self._lock:
+            for memory in self._memories.values():
+                if isinstance(memory, DeclarativeMemory):
+                    memory.close()
+            self.records.close()
+
+    # Memories.
+
+    def register_memory(self, memory: M) -> M:
+        """Put a memory under this roof; returns it.
+
+        A memory whose name the folder knows continues what is stored under it.
+
+        Raises:
+            ArgumentError: another memory has this name, or the stored one is of another kind.
+        """
+        name = getattr(memory, "name", None)
+        if not isinstance(name, str) or not hasattr(
+            memory, "retrieve" if not isinstance(memory, DeclarativeMemory) else "bind"
+        ):
+            raise ArgumentError(
+                f"memory: GeneralTextMemory, TreeTextMemory, VectorMemory, GraphMemory or "
+                f"KVCacheMemory wanted, got {type(memory).__name__}"
+            )
+        with self._lock:
+            known = self._memories.get(name)
+            if known is memory:
+                return memory
+            if known is not None and name not in self._restored:
+                raise ArgumentError(f"memory {name!r}: the name is taken by a {known.kind} memory")
+            if isinstance(memory, DeclarativeMemory):
+                memory.bind(self.records)
+            elif known is not None:
+                raise ArgumentError(f"memory {name!r}: the name is taken by a {known.kind} memory")
+            if known is not None:
+                known.close()
+            self._restored.discard(name)
+            self._memories[name] = memory
+        return memory
+
+    @property
+    def memories(self) -> dict[str, Any]:
+        """Every memory by its name; a copy."""
+        with self._lock:
+            return dict(self._memories)
+
+    def memory(self, name: str) -> Any:
+        """The memory of this name. Raises NotFoundError, which names those there are."""
+        with self._lock:
+            if not isinstance(name, str):
+                raise ArgumentError(f"memory_name: a string wanted, got {name!r}")
+            if name not in self._memories:
+                there = ", ".join(sorted(self._memories)) or "none"
+                raise NotFoundError(f"memory_name: no memory {name!r}; there are: {there}")
+            return self._memories[name]
+
+    # The verbs.
+
+    def add(
+        self,
+        memory_name: str,
+        content: Any,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        parent_id: str | None = None,
+        relations: Sequence[Any] = (),
+        importance: float | None = None,
+        ttl_s: float | None = None,
+        acl: Any = None,
+        id: str | None = None,
+        source: str | None = None,
+        creator: str | None = None,
+        derived_from: Sequence[str] = (),
+        thread: str | None = None,
+    ) -> MemCube:
+        """Remember something; returns its cube.
+
+        Args:
+            memory_name:  a registered memory.
+            content:      text; for a GraphMemory a node or relationship; for a VectorMemory a
+                vector; for a KVCacheMemory a cache with its token ids.
+            metadata:     any JSON; filters and full text read it.
+            parent_id:    in a TreeTextMemory: the cube above.
+            relations:    dicts with type, target (id of a cube of any memory), and optionally
+                properties and weight.
+            importance:   0 to 1.
+            ttl_s:        seconds until it is forgotten.
+            acl:          stored with the cube.
+            id:           default: a UUIDv7.
+            source, creator, derived_from: provenance.
+            thread:       conversation or document whose cubes follow one another; default: what
+                metadata says under thread, conversation or session.
+
+        Raises:
+            NotFoundError: an unknown memory, parent or related cube.
+            ArgumentError: an argument is out of contract. Nothing is stored then.
+        """
+        memory = self.memory(memory_name)
+        more = {
+            "parent_id": parent_id,
+            "relations": relations or None,
+            "importance": importance,
+            "ttl_s": ttl_s,
+            "acl": acl,
+            "id": id,
+            "source": source,
+            "creator": creator,
+            "derived_from": derived_from or None,
+            "thread": thread,
+        }
+        given = {name: value for name, value in more.items() if value is not None}
+        if not isinstance(memory, DeclarativeMemory) and given.keys() - {"id"}:
+            raise ArgumentError(
+                f"{', '.join(sorted(given.keys() - {'id'}))}: memory {memory_name!r} of kind "
+                f"{memory.kind} does not take this"
+            )
+        cube: MemCube = memory.add(content, metadata, **given)
+        return cube
+
+    def add_many(
+        self,
+        memory_name: str,
+        items: Iterable[Mapping[str, Any]],
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[MemCube]:
+        """Remember many things, a thousand in one transaction: dicts with content and the other
+        arguments of ``add``. ``progress`` is called with the number stored so far."""
+        found: list[MemCube] = self._declarative(memory_name).add_many(items, progress=progress)
+        return found
+
+    def get(self, id: str, memory_name: str | None = None) -> MemCube:
+        """The cube with this id. Raises NotFoundError."""
+        cube: MemCube = self._holder(id, memory_name).get(id)
+        return cube
+
+    def update(
+        self,
+        memory_name: str,
+        memory_id: str,
+        content: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> MemCube:
+        """A new version of a cube; the old one stays in its history.
+
+        Args:
+            content:  replaces the content; None: it stays.
+            metadata: items to add or replace.
+            more:     importance, ttl_s, author, source, acl.
+
+        Raises: NotFoundError, ArgumentError.
+        """
+        memory = self.memory(memory_name)
+        unknown = more.keys() - {"importance", "ttl_s", "author", "source", "acl"}
+        if unknown or (more and not isinstance(memory, DeclarativeMemory)):
+            names = ", ".join(sorted(unknown or more))
+            raise ArgumentError(f"{names}: memory {memory_name!r} does not take this")
+        cube: MemCube = memory.update(memory_id, content, metadata, **more)
+        return cube
+
+    def delete(self, memory_name: str, memory_id: str) -> None:
+        """State DELETED: no query finds it any more, its history stays. Raises NotFoundError."""
+        self.memory(memory_name).delete(memory_id)
+
+    def history(self, id: str, memory_name: str | None = None) -> list[Version]:
+        """Every version of a cube, oldest first, with authors and sources."""
+        found: list[Version] = self._holder(id, memory_name, dead=True).history(id)
+        return found
+
+    def relate(self, id: str, type: str, target: str, **more: Any) -> None:
+        """Add a typed edge between two cubes of any memories; properties and weight in more."""
+        self._holder(id, None).relate(id, type, target, **more)
+
+    def retrieve(
+        self,
+        memory_name: str | None = None,
+        query: Any = None,
+        limit: int = 5,
+        *,
+        filters: Mapping[str, Any] | None = None,
+        include_ancestors: bool = False,
+        include_siblings: bool = False,
+        include_descendants: bool = False,
+    ) -> list[Hit]:
+        """What fits a query, best first.
+
+        Args:
+            memory_name: one memory; None: all that read text, ranked together.
+            query:       text; a vector for a VectorMemory; a dict with node, relationships and
+                depth for a GraphMemory; "user:ID", "session:ID" or token ids for a
+                KVCacheMemory.
+            limit:       at most so many.
+            filters:     conditions on the metadata, see memos.records.filters.
+            include_ancestors, include_siblings, include_descendants: of a TreeTextMemory: fill
+                these fields of the hits.
+
+        Raises:
+            NotFoundError: an unknown memory.
+            ArgumentError: no query, or one that the memory cannot answer.
+        """
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+            raise ArgumentError(f"limit: a number of hits, at least 0, wanted, got {limit!r}")
+        if query is None:
+            raise ArgumentError("query: a text, vector, dict or token ids wanted, got None")
+        chosen = None if memory_name is None else self.memory(memory_name)
+        if chosen is not None and not isinstance(chosen, DeclarativeMemory):
+            found: list[Hit] = chosen.retrieve(query, limit, filters=filters)
+            return found
+        if isinstance(query, str):
+            names = None if chosen is None else [chosen.name]
+            hits = self._search(query, limit, names, filters)
+        elif chosen is None:
+            raise ArgumentError(
+                f"query: text wanted where no memory is named, got {type(query).__name__}"
+            )
+        else:
+            chosen.expire()
+            hits = chosen.lookup(query, limit, chosen.scope(filters))
+        wanted = (include_ancestors, include_siblings, include_descendants)
+        return [self._with_relatives(hit, *wanted) for hit in hits] if any(wanted) else hits
+
+    def context(
+        self,
+        query: str,
+        budget_tokens: int = 1000,
+        memories: Sequence[str] | None = None,
+        *,
+        limit: int = 20,
+        filters: Mapping[str, Any] | None = None,
+        count_tokens: Callable[[str], int] | None = None,
+    ) -> Context:
+        """What a prompt should carry for this query: texts in order, each with its citation.
+
+        Args:
+            budget_tokens: of the whole text.
+            memories:      names; None: all that read text.
+            limit:         hits to choose from.
+            count_tokens:  of a text; default: a quarter of its characters.
+
+        Returns:
+            A Context: ``str(context)`` is the text, ``context.citations`` says where each part
+            came from.
+        """
+        from memos.retrieval import synthesise
+
+        hits = self._search(query, limit, memories, filters)
+        return synthesise(query, hits, budget_tokens, count_tokens)
+
+    def explain(self, result: Any) -> Explanation:
+        """Why a hit or a context is as it is: every stage, signal and weight."""
+        from memos.retrieval import explain
+
+        return explain(result)
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The stages of a query, a list to reorder, replace and inspect."""
+        with self._lock:
+            if self._pipeline is None:
+                from memos.retrieval import default_pipeline
+
+                self._pipeline = default_pipeline()
+            return self._pipeline
+
+    @pipeline.setter
+    def pipeline(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def expire(self) -> int:
+        """Delete what has outlived its time; returns how many. Queries do so by themselves."""
+        return sum(m.expire() for m in self.memories.values() if isinstance(m, DeclarativeMemory))
+
+    def stats(self) -> dict[str, Any]:
+        """Memories with their kinds, numbers of cubes and of vectors; bytes on disk."""
+        found = {}
+        for name, memory in self.memories.items():
+            found[name] = {"kind": memory.kind, **memory.stats()}
+        return {"memories": found, "bytes": self.records.file_bytes()}
+
+    # Inside.
+
+    def _search(
+        self,
+        query: str,
+        limit: int,
+        names: Sequence[str] | None,
+        filters: Mapping[str, Any] | None,
+    ) -> list[Hit]:
+        from memos.memories.source import MemorySource
+        from memos.records.scope import Scope
+
+        if not query.strip():
+            raise ArgumentError("query: a text that is not empty wanted")
+        if names is None:
+            chosen = [m for m in self.memories.values() if isinstance(m, DeclarativeMemory)]
+        else:
+            chosen = [self._declarative(name) for name in names]
+        if not self.records.readonly:
+            for memory in chosen:
+                memory.expire()
+        sources = [MemorySource(memory) for memory in chosen]
+        return self.pipeline.run(query, sources, limit, Scope(filters or {}, self._clock()))
+
+    def _with_relatives(self, hit: Hit, *wanted: bool) -> Hit:
+        memory = self.memory(hit.memory)
+        names = ("ancestors", "siblings", "descendants")
+        if not hasattr(memory, "relatives"):
+            return hit
+        return Hit.of(
+            hit,
+            **{
+                name: tuple(memory.relatives(hit.id, name))
+                for name, want in zip(names, wanted, strict=True)
+                if want
+            },
+        )
+
+    def _declarative(self, name: str) -> DeclarativeMemory:
+        memory = self.memory(name)
+        if not isinstance(memory, DeclarativeMemory):
+            raise ArgumentError(f"memory {name!r}: one that reads text wanted, got {memory.kind}")
+        return memory
+
+    def _holder(self, id: str, memory_name: str | None, dead: bool = False) -> Any:
+        """The memory that holds a cube."""
+        if memory_name is not None:
+            return self.memory(memory_name)
+        with self.records.database.read() as connection:
+            names = [name for _, name in self.records.locate(connection, id, dead=dead)]
+        names += [
+            name
+            for name, memory in self.memories.items()
+            if not isinstance(memory, DeclarativeMemory) and memory.has(id)
+        ]
+        if not names:
+            raise NotFoundError(f"id: no cube {id!r} in any memory")
+        if len(names) > 1:
+            raise ArgumentError(f"id: {id!r} is in {', '.join(names)}; say memory_name")
+        return self.memory(names[0])
+
+
+def _restored(row: Mapping[str, Any]) -> DeclarativeMemory | None:
+    """A memory of the store as an object; None for a kind that this version does not know."""
+    from memos import memories
+
+    kinds: dict[str, type[DeclarativeMemory]] = {
+        cls.kind: cls for name in memories.DECLARATIVE for cls in [getattr(memories, name)]
+    }
+    cls = kinds.get(row["kind"])
+    return None if cls is None else cls.restored(row["name"], row["description"], row["config"])
