@@ -309,6 +309,8 @@ class DeclarativeMemory:
 
     def _store(self, items: Sequence[Mapping[str, Any]], names: dict[str, int]) -> list[MemCube]:
         """Store cubes in one transaction, which also reads them."""
+        from memos.records.scope import Scope
+
         now = self._clock()
         news = [self._new(item, now) for item in items]
         self._prepare(news, items)
@@ -330,7 +332,7 @@ class DeclarativeMemory:
                 found.append(by_id[new.id] if again is None else again)
                 if again is not None:
                     names[new.id] = again
-            cubes = self.table.load(connection, found, self.scope())
+            cubes = self.table.load(connection, found, Scope({}, now))
             return [cubes[seq] for seq in found]
 
     def _duplicates(self, connection: Connection, news: Sequence[New]) -> list[int | None]:
@@ -338,7 +340,7 @@ class DeclarativeMemory:
         if self.on_duplicate == "keep":
             return [None] * len(news)
         digests = [new.digest() for new in news]
-        stored = self.table.duplicates(connection, digests)
+        stored = self.table.duplicates(connection, digests, news[0].at if news else 0.0)
         seen: set[bytes] = set()
         found: list[int | None] = []
         for digest in digests:

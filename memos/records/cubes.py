@@ -269,10 +269,12 @@ class CubeTable:
         statement = select(cubes.c.seq).where(scope.clause(self.memory)).order_by(order)
         return [int(row[0]) for row in connection.execute(statement.limit(limit))]
 
-    def duplicates(self, connection: Connection, digests: Sequence[bytes]) -> dict[bytes, int]:
-        """The oldest living cube of each digest."""
+    def duplicates(
+        self, connection: Connection, digests: Sequence[bytes], now: float
+    ) -> dict[bytes, int]:
+        """The oldest cube of each digest that lives at this time."""
         found: dict[bytes, int] = {}
-        scope = Scope()
+        scope = Scope({}, now)
         for part in chunks(digests):
             rows = connection.execute(
                 select(cubes.c.digest, cubes.c.seq)
