@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Database:
     def __init__(self, path: Path | None, *, durable: bool = False, readonly: bool = False) -> None:
         self.path, self.durable, self.readonly = path, durable, readonly
         self._write_lock = threading.RLock()
+        self._writer: int | None = None  # the thread in a transaction
+        self._afterwards: list[Callable[[], object]] = []
         self._pid = os.getpid()
         if sqlite3.sqlite_version_info < (3, 35):
             raise StoreError(f"SQLite 3.35 or newer wanted, got {sqlite3.sqlite_version}")
@@ -86,10 +88,25 @@ class Database:
                 connection = connection.execution_options(memos_write=self.path is not None)
                 with connection.begin():
                     self._held: Connection | None = connection
+                    self._writer = threading.get_ident()
                     try:
                         yield connection
                     finally:
-                        self._held = None
+                        afterwards, self._afterwards = self._afterwards, []
+                        self._held = self._writer = None
+        for call in afterwards:
+            call()
+
+    def after_commit(self, call: Callable[[], object]) -> None:
+        """Call this once the transaction of this thread is committed; at once outside of one.
+
+        A transaction that is undone drops it; the same call is made once. An error in it reaches
+        the writer, whose transaction stays committed.
+        """
+        if self._writer != threading.get_ident():
+            call()
+        elif call not in self._afterwards:
+            self._afterwards.append(call)
 
     def change(self, connection: Connection) -> int:
         """Number of the last transaction that this connection sees."""
@@ -117,7 +134,8 @@ class Database:
         )
         pragmas = ["foreign_keys=ON", "cache_size=-65536", "temp_store=MEMORY"]
         if self.path is not None and not self.readonly:
-            pragmas += ["journal_mode=WAL", f"synchronous={'FULL' if self.durable else 'NORMAL'}"]
+            pragmas += ["journal_mode=WAL", "wal_autocheckpoint=16384"]
+            pragmas += [f"synchronous={'FULL' if self.durable else 'NORMAL'}"]
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
         return connection
