@@ -315,7 +315,7 @@ class DeclarativeMemory:
         news = [self._new(item, now) for item in items]
         self._prepare(news, items)
         with self.records.database.write() as connection:
-            self._check_ids(connection, [new.id for new in news])
+            self._check_ids(connection, [i["id"] for i in items if i.get("id") is not None])
             self._place_all(connection, news, items, names)
             for new, item in zip(news, items, strict=True):
                 edges = [_relation(edge) for edge in item.get("relations") or ()]
@@ -325,21 +325,24 @@ class DeclarativeMemory:
             seqs = self.table.insert(connection, fresh)
             self._after_insert(connection, seqs, fresh)
             by_id = dict(zip((new.id for new in fresh), seqs, strict=True))
-            by_digest = {new.digest(): by_id[new.id] for new in fresh} if 0 in known else {}
+            by_digest = {new.digest: by_id[new.id] for new in fresh} if 0 in known else {}
             found = []
             for new, seq in zip(news, known, strict=True):
-                again = by_digest[new.digest()] if seq == 0 else seq
+                again = by_digest[new.digest] if seq == 0 else seq
                 found.append(by_id[new.id] if again is None else again)
                 if again is not None:
                     names[new.id] = again
-            cubes = self.table.load(connection, found, Scope({}, now))
+            cubes = self.table.stored(seqs, fresh)
+            others = [seq for seq in found if seq not in cubes]
+            if others:
+                cubes |= self.table.load(connection, others, Scope({}, now))
             return [cubes[seq] for seq in found]
 
     def _duplicates(self, connection: Connection, news: Sequence[New]) -> list[int | None]:
         """For each new cube the living one that it repeats, 0 for one of this batch, or None."""
         if self.on_duplicate == "keep":
             return [None] * len(news)
-        digests = [new.digest() for new in news]
+        digests = [new.digest for new in news]
         stored = self.table.duplicates(connection, digests, news[0].at if news else 0.0)
         seen: set[bytes] = set()
         found: list[int | None] = []
@@ -385,7 +388,7 @@ class DeclarativeMemory:
         )
 
     def _check_ids(self, connection: Connection, ids: Sequence[str]) -> None:
-        known = self.table.ids(connection, ids)
+        known = self.table.ids(connection, ids) if ids else {}
         if len(set(ids)) < len(ids) or known:
             twice = next(iter(known), None) or next(id for id in ids if ids.count(id) > 1)
             raise ArgumentError(f"id: a new one wanted, got {twice!r}, which exists; use update")

@@ -6,6 +6,7 @@ overwritten: an update or a deletion keeps what was there as a version.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from memos.cube import MemCube, Relation, Version
 from memos.cube.identity import canonical, digest
 from memos.errors import NotFoundError
 from memos.records.database import Database
-from memos.records.filters import facts_of
+from memos.records.filters import compile_filter, facts_of
 from memos.records.fulltext import FullText
 from memos.records.links import chunks, relate, relations_of
 from memos.records.schema import cubes, facts, vectors, versions
-from memos.records.scope import DELETED, Scope
+from memos.records.scope import DELETED, Scope, lives
 from memos.records.words import context_of
 
 
@@ -49,11 +50,15 @@ class New:
     context: str | None = None  # words for full text beside the text; None: the metadata's
     relations: Sequence[tuple[int, Relation]] = ()  # (seq of the other cube, edge)
 
+    @functools.cached_property
+    def json(self) -> tuple[str | None, str]:
+        """content and metadata as they are stored; neither changes afterwards."""
+        return _json(self.content), canonical(self.metadata, "metadata")
+
+    @functools.cached_property
     def digest(self) -> bytes:
         """Of what it says and where it stands: equal for exact duplicates."""
-        return content_digest(
-            self.kind, self.text, _json(self.content), canonical(self.metadata), self.parent
-        )
+        return content_digest(self.kind, self.text, *self.json, self.parent)
 
 
 def content_digest(
@@ -105,9 +110,8 @@ class CubeTable:
         change, first = self.database.allocate(connection, len(news))
         rows, keys, texts, edges, arrays = [], [], [], [], []
         for seq, new in enumerate(news, first):
-            metadata = canonical(new.metadata)
+            content, metadata = new.json
             context = context_of(new.metadata) if new.context is None else new.context
-            content = _json(new.content)
             rows.append(
                 (
                     seq,
@@ -132,7 +136,7 @@ class CubeTable:
                     new.at,
                     new.at,
                     new.expires_at,
-                    content_digest(new.kind, new.text, content, metadata, new.parent),
+                    new.digest,
                     change,
                 )
             )
@@ -238,9 +242,11 @@ class CubeTable:
 
     def find(self, connection: Connection, id: str, scope: Scope) -> int | None:
         """Number of the cube with this id, if it may be seen."""
-        found = connection.execute(
-            select(cubes.c.seq).where(cubes.c.id == id, scope.clause(self.memory))
-        ).scalar()
+        statement = _FIND
+        if not scope.is_open:
+            statement = statement.where(compile_filter(scope.filters, self.memory))
+        named = {"memory": self.memory, "now": scope.now, "id": id}
+        found = connection.execute(statement, named).scalar()
         return None if found is None else int(found)
 
     def seq(self, connection: Connection, id: str, scope: Scope) -> int:
@@ -249,6 +255,28 @@ class CubeTable:
         if found is None:
             raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
         return found
+
+    def stored(self, seqs: Sequence[int], news: Sequence[New]) -> dict[int, MemCube]:
+        """What ``load`` would give of cubes that were just inserted without edges or parents."""
+        return {
+            seq: MemCube(
+                id=new.id,
+                kind=new.kind,
+                content=new.text if new.json[0] is None else self.shown(json.loads(new.json[0])),
+                metadata=json.loads(new.json[1]),
+                acl=None if new.acl is None else json.loads(canonical(new.acl)),
+                created_at=new.at,
+                updated_at=new.at,
+                memory=self.name,
+                importance=new.importance,
+                source=new.source,
+                creator=new.creator,
+                derived_from=tuple(new.derived_from),
+                expires_at=new.expires_at,
+            )
+            for seq, new in zip(seqs, news, strict=True)
+            if new.parent is None and not new.relations
+        }
 
     def load(self, connection: Connection, seqs: Iterable[int], scope: Scope) -> dict[int, MemCube]:
         """The cubes that may be seen, by number, with their relations."""
@@ -274,13 +302,9 @@ class CubeTable:
     ) -> dict[bytes, int]:
         """The oldest cube of each digest that lives at this time."""
         found: dict[bytes, int] = {}
-        scope = Scope({}, now)
         for part in chunks(digests):
-            rows = connection.execute(
-                select(cubes.c.digest, cubes.c.seq)
-                .where(cubes.c.digest.in_(part), scope.lives(self.memory))
-                .order_by(cubes.c.seq.desc())
-            )
+            named = {"memory": self.memory, "now": now, "digests": part}
+            rows = connection.execute(_DUPLICATES, named)
             found.update({row[0]: int(row[1]) for row in rows})
         return found
 
@@ -321,13 +345,7 @@ class CubeTable:
 
     def expired(self, connection: Connection, now: float) -> list[int]:
         """Numbers of the cubes whose time is over."""
-        rows = connection.execute(
-            select(cubes.c.seq).where(
-                cubes.c.memory == self.memory,
-                cubes.c.expires_at <= now,
-                cubes.c.state != DELETED,
-            )
-        )
+        rows = connection.execute(_EXPIRED, {"memory": self.memory, "now": now})
         return [int(row[0]) for row in rows]
 
     # Inside.
@@ -339,14 +357,12 @@ class CubeTable:
         self, connection: Connection, seqs: Sequence[int], scope: Scope | None = None
     ) -> Iterator[Row[Any]]:
         """The rows with these numbers, and parent_id; with a scope, those that may be seen."""
-        parents = cubes.alias("parents")
-        statement = select(cubes, parents.c.id.label("parent_id")).outerjoin(
-            parents, parents.c.seq == cubes.c.parent
-        )
-        if scope is not None:
-            statement = statement.where(scope.clause(self.memory))
+        statement = _ROWS if scope is None else _SEEN
+        if scope is not None and not scope.is_open:
+            statement = statement.where(compile_filter(scope.filters, self.memory))
+        named = {"memory": self.memory, "now": 0.0 if scope is None else scope.now}
         for part in chunks(seqs):
-            yield from connection.execute(statement.where(cubes.c.seq.in_(part)))
+            yield from connection.execute(statement, {**named, "seqs": part})
 
     def _keep(self, connection: Connection, row: Row[Any]) -> None:
         """Copy a row into the history."""
@@ -434,4 +450,23 @@ _DELETE_FACTS = (
     "DELETE FROM facts WHERE memory = ? AND key = ? AND type = ? AND number = ? AND string = ? "
     "AND seq = ?"
 )
+_LIVES = lives(bindparam("memory"), bindparam("now"))
+_FIND = select(cubes.c.seq).where(cubes.c.id == bindparam("id"), _LIVES)
+_DUPLICATES = (
+    select(cubes.c.digest, cubes.c.seq)
+    .where(cubes.c.digest.in_(bindparam("digests", expanding=True)), _LIVES)
+    .order_by(cubes.c.seq.desc())
+)
+_EXPIRED = select(cubes.c.seq).where(
+    cubes.c.memory == bindparam("memory"),
+    cubes.c.expires_at <= bindparam("now"),
+    cubes.c.state != DELETED,
+)
+_PARENTS = cubes.alias("parents")
+_ROWS = (
+    select(cubes, _PARENTS.c.id.label("parent_id"))
+    .outerjoin(_PARENTS, _PARENTS.c.seq == cubes.c.parent)
+    .where(cubes.c.seq.in_(bindparam("seqs", expanding=True)))
+)
+_SEEN = _ROWS.where(_LIVES)
 _BY_SEQ = select(cubes).where(cubes.c.seq == bindparam("wanted"))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, or_, select
+from sqlalchemy import Connection, and_, bindparam, or_, select
 
 from memos.cube import Relation
 from memos.cube.identity import canonical
@@ -56,26 +56,33 @@ def relations_of(
 ) -> dict[int, list[Relation]]:
     """Edges between these cubes and living ones, both ways; relationships that are cubes aside."""
     found: dict[int, list[Relation]] = {}
-    edge = relations.c
-    for outgoing, near, far in (
-        (True, edge.source, edge.target),
-        (False, edge.target, edge.source),
-    ):
-        statement = (
-            select(near, edge.type, cubes.c.id, edge.properties, edge.weight)
-            .join(cubes, cubes.c.seq == far)
-            .where(
-                edge.cube.is_(None),
-                cubes.c.state != DELETED,
-                or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > scope.now),
-            )
-            .order_by(edge.id)
-        )
+    for outgoing, statement in _RELATIONS.items():
         for part in chunks(seqs):
-            for row in connection.execute(statement.where(near.in_(part))):
+            for row in connection.execute(statement, {"seqs": part, "now": scope.now}):
                 one = Relation(row[1], row[2], json.loads(row[3]), row[4], outgoing)
                 found.setdefault(int(row[0]), []).append(one)
     return found
+
+
+def _relations(near: Any, far: Any) -> Any:
+    edge = relations.c
+    return (
+        select(near, edge.type, cubes.c.id, edge.properties, edge.weight)
+        .join(cubes, cubes.c.seq == far)
+        .where(
+            near.in_(bindparam("seqs", expanding=True)),
+            edge.cube.is_(None),
+            cubes.c.state != DELETED,
+            or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > bindparam("now")),
+        )
+        .order_by(edge.id)
+    )
+
+
+_RELATIONS = {
+    True: _relations(relations.c.source, relations.c.target),
+    False: _relations(relations.c.target, relations.c.source),
+}
 
 
 def edges_of(connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, int, float]]:

@@ -38,8 +38,13 @@ class Scope:
 
     def lives(self, memory: int) -> ColumnElement[bool]:
         """SQL that is true for what is neither deleted nor expired, filters aside."""
-        return and_(
-            cubes.c.memory == memory,
-            cubes.c.state != DELETED,
-            or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > self.now),
-        )
+        return lives(memory, self.now)
+
+
+def lives(memory: Any, now: Any) -> ColumnElement[bool]:
+    """SQL over ``cubes``, from values or bound parameters."""
+    return and_(
+        cubes.c.memory == memory,
+        cubes.c.state != DELETED,
+        or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > now),
+    )
