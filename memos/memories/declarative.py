@@ -321,6 +321,9 @@ class DeclarativeMemory:
                 edges = [_relation(edge) for edge in item.get("relations") or ()]
                 new.relations = [(self._other(connection, e.target), e) for e in edges]
             known = self._duplicates(connection, news)
+            if self.on_duplicate == "error" and any(seq is not None for seq in known):
+                i = next(i for i, seq in enumerate(known) if seq is not None)
+                raise ArgumentError(f"memory {self.name!r}: item {i} is there already")
             fresh = [new for new, seq in zip(news, known, strict=True) if seq is None]
             seqs = self.table.insert(connection, fresh)
             self._after_insert(connection, seqs, fresh)
@@ -350,9 +353,6 @@ class DeclarativeMemory:
             again = 0 if digest in seen else None
             found.append(stored.get(digest, again))
             seen.add(digest)
-        if self.on_duplicate == "error" and any(seq is not None for seq in found):
-            i = next(i for i, seq in enumerate(found) if seq is not None)
-            raise ArgumentError(f"memory {self.name!r}: item {i} is there already")
         return found
 
     def _new(self, item: Mapping[str, Any], now: float) -> New:
