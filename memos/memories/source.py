@@ -56,9 +56,9 @@ class MemorySource:
     ) -> tuple[Any, Any]:
         """seq [n] int64 and BM25 [n] float64 of units with words of the text, best first."""
         with self._read() as connection:
-            where = scope.clause(self._table.memory)
+            allowed = scope.allowed(connection, self._table.memory)
             return self._table.fulltext.search(
-                connection, text, limit, where, every_word=every_word
+                connection, text, limit, allowed, every_word=every_word
             )
 
     def search_vector(self, vector: Any, limit: int, scope: Scope) -> tuple[Any, Any]:

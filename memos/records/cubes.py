@@ -458,7 +458,7 @@ _DUPLICATES = (
     .order_by(cubes.c.seq.desc())
 )
 _EXPIRED = select(cubes.c.seq).where(
-    cubes.c.memory == bindparam("memory"),
+    cubes.c.memory + 0 == bindparam("memory"),
     cubes.c.expires_at <= bindparam("now"),
     cubes.c.state != DELETED,
 )

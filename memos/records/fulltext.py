@@ -10,14 +10,23 @@ from functools import lru_cache
 from typing import Any
 
 import numpy
-from sqlalchemy import ColumnElement, Connection, column, func, literal_column, select, table, text
-from sqlalchemy import Float as SqlFloat
+from sqlalchemy import (
+    Connection,
+    bindparam,
+    column,
+    func,
+    select,
+    table,
+    text,
+)
 
-from memos.records.schema import cubes
+from memos.records.schema import cubes, store
 
+Array = numpy.ndarray[Any, Any]
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 CONTEXT_WEIGHT = 1.0  # of a word in the metadata; one in the text counts 1
 _WORD = re.compile(r"\w+")
+_LISTED = 3000  # allowed rows that SQLite is told of; more are kept or dropped here
 _KEPT = 4096  # document frequencies that are remembered
 
 
@@ -27,16 +36,17 @@ class FullText:
     Args:
         memory:   number of the memory; its tables are text_N and words_N.
         scan_rows: a query reads at most about so many rows: its rarest words first, and the
-            others only as far as they fit. Words left out do not count towards the score; they
-            are looked up too where there are fewer hits than asked for.
+            others only as far as they fit. Where that
+            gives fewer hits than asked for, the newest cubes with one of the others follow.
     """
 
-    def __init__(self, memory: int, scan_rows: int = 20_000) -> None:
+    def __init__(self, memory: int, scan_rows: int = 10_000) -> None:
         self.memory, self.scan_rows = memory, scan_rows
         self._name, self._words = f"text_{memory:d}", f"words_{memory:d}"
         self._table = table(self._name, column("rowid"), column("text"), column("context"))
         self._lock = threading.Lock()
         self._counts: dict[str, tuple[int, int]] = {}  # stem: documents, rows at that time
+        self._rows = self._last = 0
 
     def create(self, connection: Connection) -> None:
         """Make the tables where they are not there."""
@@ -74,63 +84,93 @@ class FullText:
         connection: Connection,
         query: str,
         limit: int,
-        where: ColumnElement[bool] | None = None,
+        allowed: Array | None = None,
         *,
         every_word: bool = False,
-        total: int | None = None,
-    ) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
+    ) -> tuple[Array, Array]:
         """Cubes with words of the query, best first.
 
         Args:
             query:      any text: its words are looked up, nothing in it is syntax.
-            where:      over the columns of ``cubes``; rows that fail it do not count as hits.
+            allowed:    [n] int64, ascending: only these cubes count; None: all.
             every_word: only cubes that have all of them.
-            total:      rows in the memory, where the caller knows it.
 
         Returns:
             seq [n] int64, BM25 [n] float64, higher is better.
         """
         words = words_of(query)
-        chosen = self.chosen(connection, words, total, all_of_them=every_word)
-        rows = self._matches(connection, chosen, limit, where, every_word)
-        if len(rows) < limit and len(chosen) < len(words):
-            rows = self._matches(connection, words, limit, where, every_word)
-        seqs = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
-        ranks = numpy.fromiter((-row[1] for row in rows), numpy.float64, len(rows))
-        return seqs, ranks
+        none = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float64)
+        if not words or limit < 1 or (allowed is not None and not len(allowed)):
+            return none
+        chosen = self.chosen(connection, words, every_word)
+        seqs, ranks = none
+        if chosen:
+            seqs, ranks = self._matches(connection, chosen, limit, allowed, every_word)
+        for word in [] if every_word else [word for word in words if word not in chosen]:
+            if len(seqs) >= limit:
+                break
+            more, theirs = self._newest(connection, word, limit, allowed)
+            fresh = ~numpy.isin(more, seqs)
+            seqs = numpy.concatenate([seqs, more[fresh]])
+            ranks = numpy.concatenate([ranks, theirs[fresh]])
+        order = numpy.lexsort((seqs, -ranks))[:limit]
+        return seqs[order], ranks[order]
 
     def _matches(
         self,
         connection: Connection,
         words: Sequence[str],
         limit: int,
-        where: ColumnElement[bool] | None,
+        allowed: Array | None,
         every_word: bool,
-    ) -> Sequence[Any]:
-        if not words or limit < 1:
-            return []
+    ) -> tuple[Array, Array]:
+        """The best matches; with ``allowed`` all of them are read, and kept where allowed."""
         match = (" AND " if every_word else " OR ").join(f'"{word}"' for word in words)
-        rank = literal_column(f"bm25({self._name}, 1.0, {CONTEXT_WEIGHT})", SqlFloat)
-        statement = select(self._table.c.rowid, rank.label("rank")).where(
-            text(f"{self._name} MATCH :match").bindparams(match=match)
+        order = "" if allowed is not None else " ORDER BY rank LIMIT ?"
+        return self._rows_of(connection, match, order, limit, allowed)
+
+    def _newest(
+        self, connection: Connection, word: str, limit: int, allowed: Array | None
+    ) -> tuple[Array, Array]:
+        """The newest cubes with a word that is too common to rank by."""
+        return self._rows_of(
+            connection, f'"{word}"', " ORDER BY rowid DESC LIMIT ?", self.scan_rows, allowed
         )
-        if where is not None:
-            same = select(cubes.c.seq).where(cubes.c.seq == self._table.c.rowid, where)
-            statement = statement.where(same.exists())
-        return connection.execute(statement.order_by(text("rank")).limit(limit)).all()
+
+    def _rows_of(
+        self, connection: Connection, match: str, order: str, limit: int, allowed: Array | None
+    ) -> tuple[Array, Array]:
+        sql = (
+            f"SELECT rowid, bm25({self._name}, 1.0, {CONTEXT_WEIGHT}) AS rank FROM {self._name} "
+            f"WHERE {self._name} MATCH ?"
+        )
+        values: list[Any] = [match]
+        if allowed is not None and len(allowed) <= _LISTED:
+            # The plus keeps SQLite from one search per number; BM25, which costs more than the
+            # match itself, is then computed for what is allowed only.
+            sql += " AND +rowid IN (SELECT value FROM json_each(?))"
+            values.append(str(allowed.tolist()))
+        rows = connection.exec_driver_sql(
+            sql + order, tuple(values + [limit] * bool(order))
+        ).fetchall()
+        seqs = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
+        ranks = numpy.fromiter((-row[1] for row in rows), numpy.float64, len(rows))
+        if allowed is not None:
+            at = numpy.searchsorted(allowed, seqs)
+            kept = allowed[numpy.minimum(at, len(allowed) - 1)] == seqs
+            seqs, ranks = seqs[kept], ranks[kept]
+        return seqs, ranks
 
     def chosen(
         self,
         connection: Connection,
         words: Sequence[str],
-        total: int | None,
         all_of_them: bool = False,
     ) -> list[str]:
-        """The words to look up: the rarest, as far as ``scan_rows`` goes; at least one."""
-        if all_of_them or len(words) < 2:
+        """The words to look up: the rarest, as far as ``scan_rows`` goes."""
+        if all_of_them:
             return list(words)
-        if total is None:
-            total = self.rows(connection)
+        total = self.rows(connection)
         if total * len(words) <= self.scan_rows:
             return list(words)
         stems = stems_of(tuple(words))
@@ -138,18 +178,19 @@ class FullText:
         found: list[str] = []
         budget = self.scan_rows
         for word in sorted(words, key=lambda word: counts.get(stems.get(word, word), 0)):
-            count = counts.get(stems.get(word, word), 0)
-            if count > budget and found:
+            budget -= counts.get(stems.get(word, word), 0)
+            if budget < 0:
                 break
-            if count:
-                found.append(word)
-                budget -= count
+            found.append(word)
         return found
 
     def rows(self, connection: Connection) -> int:
-        """About how many rows there are."""
-        last = select(func.count()).select_from(cubes).where(cubes.c.memory == self.memory)
-        return int(connection.execute(last).scalar_one())
+        """About how many rows there are: counted again when the store grew by a twentieth."""
+        last = int(connection.execute(_LAST).scalar_one())
+        if not self._last <= last <= self._last + self._last // 20:
+            self._rows = int(connection.execute(_COUNT, {"memory": self.memory}).scalar_one())
+            self._last = last
+        return self._rows
 
     def document_frequencies(
         self, connection: Connection, stems: Iterable[str], total: int
@@ -177,6 +218,10 @@ class FullText:
                     self._counts.clear()
                 self._counts.update({stem: (count, total) for stem, count in fresh.items()})
         return known
+
+
+_LAST = select(store.c.seq).where(store.c.id == 1)
+_COUNT = select(func.count()).select_from(cubes).where(cubes.c.memory == bindparam("memory"))
 
 
 def words_of(query: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, or_
+from sqlalchemy import ColumnElement, Connection, and_, or_, select
 
 from memos.records.filters import compile_filter
 from memos.records.schema import cubes
@@ -26,6 +26,7 @@ class Scope:
 
     filters: Mapping[str, Any] = field(default_factory=dict)
     now: float = field(default_factory=time.time)
+    _allowed: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_open(self) -> bool:
@@ -36,15 +37,36 @@ class Scope:
         """SQL over ``cubes`` that is true for what may be seen of a memory."""
         return and_(self.lives(memory), compile_filter(self.filters, memory))
 
+    def allowed(self, connection: Connection, memory: int) -> Any:
+        """Numbers of what may be seen, [n] int64, ascending; None: everything in the indexes.
+
+        Looked up once for all paths of one query. What is deleted is in no index, and what has
+        expired since the last sweep falls out when it is loaded.
+        """
+        if self.is_open:
+            return None
+        if memory not in self._allowed:
+            import numpy
+
+            statement = select(cubes.c.seq).where(self.clause(memory))
+            rows = connection.execute(statement).fetchall()
+            found = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
+            self._allowed[memory] = numpy.sort(found)
+        return self._allowed[memory]
+
     def lives(self, memory: int) -> ColumnElement[bool]:
         """SQL that is true for what is neither deleted nor expired, filters aside."""
         return lives(memory, self.now)
 
 
 def lives(memory: Any, now: Any) -> ColumnElement[bool]:
-    """SQL over ``cubes``, from values or bound parameters."""
+    """SQL over ``cubes``, from values or bound parameters.
+
+    The memory is compared as memory + 0, which no index answers: numbers, ids, digests or times
+    lead to the rows, and SQLite without statistics would rather read the whole memory.
+    """
     return and_(
-        cubes.c.memory == memory,
+        cubes.c.memory + 0 == memory,
         cubes.c.state != DELETED,
         or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > now),
     )

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, select
 
 from memos.records.database import Database
 from memos.records.index import VectorIndex
-from memos.records.schema import cubes, vectors
+from memos.records.schema import vectors
 from memos.records.scope import Scope
 
 _SAVE_FROM = 5000  # vectors; fewer are read from their rows as fast as from a file
@@ -63,12 +63,7 @@ class VectorSearch:
     ) -> tuple[Any, Any]:
         """seq [n] int64 and similarity [n] float32 of the nearest cubes, best first."""
         index = self.index(connection)
-        allowed = None
-        if not scope.is_open:
-            rows = connection.execute(
-                select(cubes.c.seq).where(scope.clause(self.memory)).order_by(cubes.c.seq)
-            ).all()
-            allowed = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
+        allowed = scope.allowed(connection, self.memory)
         keys, scores = index.search(query, limit, allowed)
         return keys, scores
 
