@@ -212,7 +212,7 @@ def _title_in(markup: str, format: str) -> str:
 # Markdown: CommonMark's blocks as far as they matter for where one ends.
 
 _FENCE = re.compile(r" {0,3}(?:(`{3,})[^`]*|(~{3,}).*)$")
-_ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.*?)(?:[ \t]+#+)?[ \t]*$")
+_ATX = re.compile(r" {0,3}(#{1,6})[ \t]+(.*)$")
 _UNDERLINE = re.compile(r" {0,3}(?:(=+)|(-+))[ \t]*$")
 _RULE = re.compile(r" {0,3}(?:(?:\*[ \t]*){3,}|(?:-[ \t]*){3,}|(?:_[ \t]*){3,})$")
 _ITEM = re.compile(r"( *)(?:[-+*]|\d{1,9}[.)])(?:[ \t]+|$)")
@@ -258,14 +258,21 @@ def _markdown_block(lines: Sequence[str], i: int) -> tuple[_Block, int]:
         end = _while_indented(lines, i)
         return _block(lines, i, end), end
     atx = _ATX.match(line)
-    if atx is not None and atx[2].strip():
-        return _Block(i + 1, line, len(atx[1]), atx[2].strip()), i + 1
+    if atx is not None and (title := _without_closing(atx[2])):
+        return _Block(i + 1, line, len(atx[1]), title), i + 1
     if atx is not None or _RULE.match(line):
         return _block(lines, i, i + 1), i + 1
     if _ITEM.match(line):
         end = _list_end(lines, i)
         return _block(lines, i, end), end
     return _paragraph(lines, i)
+
+
+def _without_closing(title: str) -> str:
+    """A heading without the #s that may stand after it."""
+    bare = title.rstrip(" \t")
+    opened = bare.rstrip("#")
+    return (opened if not opened or opened[-1] in " \t" else bare).strip()
 
 
 def _block(lines: Sequence[str], i: int, end: int) -> _Block:
@@ -359,7 +366,7 @@ def _list_end(lines: Sequence[str], i: int) -> int:
 
 # Front matter: the flat part of YAML. What is not flat stays text and is written back as it was.
 
-_KEY = re.compile(r"([A-Za-z_][\w .-]*?)\s*:(?:\s+(.*))?$")
+_KEY = re.compile(r"([A-Za-z_][\w .-]{0,60}?)\s{0,9}:(?:\s+(.*))?$")
 
 
 def _front(lines: Sequence[str]) -> tuple[dict[str, Any], int]:
