@@ -252,8 +252,8 @@ class DeclarativeMemory:
     def _prepare(self, news: Sequence[New], items: Sequence[Mapping[str, Any]]) -> None:
         """Before the transaction: what takes long."""
         vectors = self.embedded.encode([new.text for new in news])
-        for new, vector in zip(news, vectors, strict=True):
-            new.vector = vector
+        for new, (vector, tokens) in zip(news, vectors, strict=True):
+            new.vector, new.tokens = vector, tokens
 
     def _place_all(
         self,
@@ -286,7 +286,7 @@ class DeclarativeMemory:
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         """Put new content into an update."""
         change.text, change.content = self._read(content)
-        change.vector = self.embedded.encode([change.text])[0]
+        change.vector, change.tokens = self.embedded.encode([change.text])[0]
         change.clear_vector = True
 
     def _after_update(

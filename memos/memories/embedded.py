@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from memos.cube.identity import digest
 from memos.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     from memos.records.store import Records
     from memos.records.vectors import VectorSearch
 
-_BATCH = 1000
+Encoded = tuple[bytes | None, bytes | None]
+_KEPT = 256
+_queries: dict[tuple[str, str], tuple[Any, Any]] = {}  # of this process: one query asks several memories
+_queries_lock = threading.Lock()
 
 
 class Embedded:
@@ -59,29 +63,78 @@ class Embedded:
             return None
         with self._lock:
             if not self._is_resolved:
-                from memos.records.embedding import CachedEmbedder, resolve
+                from memos.records.embedding import resolve
 
-                found = resolve(self._wish)
-                if found is not None and self._records is not None:
-                    found = CachedEmbedder(found, self._records.embedding_cache)
-                self._embedder, self._is_resolved = found, True
+                self._embedder, self._is_resolved = resolve(self._wish), True
             return self._embedder
 
-    def encode(
-        self, texts: Sequence[str], progress: Callable[[int, int], object] | None = None
-    ) -> list[bytes | None]:
-        """Stored vectors of these texts; None each where there is no embedder."""
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """What is stored of each text: its vector, and signs of its token vectors.
+
+        A text that was embedded before, in any memory of the store, is not embedded again.
+        """
         embedder = self.embedder
         if embedder is None or not texts:
-            return [None] * len(texts)
-        arrays = embedder.embed(texts, "document")
-        return list(self.opened(arrays.shape[1], embedder.identity).encode(arrays))
+            return [(None, None)] * len(texts)
+        assert self._records is not None
+        cache = self._records.embedding_cache
+        identity = f"memos embedding\0{embedder.identity}\0{self.dtype}"
+        digests = [digest(identity, text) for text in texts]
+        known = cache.get_many(list(dict.fromkeys(digests)))
+        missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in known}
+        if missing:
+            fresh = dict(zip(missing, self._embed(list(missing.values())), strict=True))
+            cache.put_many(fresh)
+            known |= fresh
+        size = embedder.dim * (4 if self.dtype == "float32" else 2)
+        self.opened(embedder.dim, embedder.identity)
+        return [(known[d][:size], known[d][size:] or None) for d in digests]
+
+    def _embed(self, texts: list[str]) -> list[bytes]:
+        """Vector and token signs of each text, one after the other."""
+        import numpy
+
+        embedder = self.embedder
+        tokens: Sequence[Any] = [b""] * len(texts)
+        if hasattr(embedder, "embed_with_tokens"):
+            arrays, words = embedder.embed_with_tokens(texts, "document")
+            tokens = [numpy.packbits(each > 0, axis=1).tobytes() for each in words]
+        else:
+            arrays = embedder.embed(texts, "document")
+        rows = self.opened(embedder.dim, embedder.identity).encode(arrays)
+        return [row + signs for row, signs in zip(rows, tokens, strict=True)]
 
     def query(self, text: str) -> Any:
         """The query's vector, float32 [dim]; None where nothing was embedded."""
+        return self._query(text)[0]
+
+    def query_tokens(self, text: str) -> Any:
+        """Vectors of the query's tokens, float32 [tokens, dim]; None where there are none."""
+        return self._query(text)[1]
+
+    def _query(self, text: str) -> tuple[Any, Any]:
         if self.search_or_none() is None or self.embedder is None:
-            return None
-        return self.embedder.embed([text], "query")[0]
+            return None, None
+        embedder = self.embedder
+        key = (embedder.identity, text)
+        with _queries_lock:
+            if key in _queries:
+                return _queries[key]
+        if hasattr(embedder, "embed_with_tokens"):
+            vectors, tokens = embedder.embed_with_tokens([text], "query")
+            found = vectors[0], tokens[0]
+        else:
+            found = embedder.embed([text], "query")[0], None
+        with _queries_lock:
+            _queries[key] = found
+            if len(_queries) > _KEPT:
+                del _queries[next(iter(_queries))]
+        return found
+
+    def tokens(self, connection: Connection, seqs: Sequence[int]) -> dict[int, Any]:
+        """Signs of the token vectors of cubes that have them, uint8 [tokens, dim / 8]."""
+        search = self.search_or_none()
+        return {} if search is None else search.tokens(connection, seqs)
 
     def search(
         self, connection: Connection, vector: Any, limit: int, scope: Scope

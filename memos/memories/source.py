@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from memos.records.scope import Scope
 
 
+_MANY = 1000  # changed units: more are not worth listing
+
+
 @dataclass(frozen=True)
 class Unit:
     """What ranking reads of a cube.
@@ -51,6 +54,11 @@ class MemorySource:
         self.memory = memory
         self.name, self.kind = memory.name, memory.kind
 
+    @property
+    def owner(self) -> DeclarativeMemory:
+        """What is known of units between queries hangs on this."""
+        return self.memory
+
     def search_text(
         self, text: str, limit: int, scope: Scope, *, every_word: bool = False
     ) -> tuple[Any, Any]:
@@ -75,13 +83,40 @@ class MemorySource:
         """float32 [dim], or None where this memory has no vectors."""
         return self.memory.embedded.query(text)
 
-    def vectors(self, seqs: Sequence[int]) -> dict[int, Any]:
-        """float32 [dim] of the units that have one."""
+    def embed_query_tokens(self, text: str) -> Any:
+        """float32 [tokens, dim], or None where this memory has no token vectors."""
+        return self.memory.embedded.query_tokens(text)
+
+    def token_vectors(self, seqs: Sequence[int]) -> dict[int, Any]:
+        """Signs of the token vectors of units that have them, uint8 [tokens, dim / 8]."""
+        with self._read() as connection:
+            return self.memory.embedded.tokens(connection, seqs)
+
+    def similarities(self, vector: Any, seqs: Any) -> Any:
+        """Similarity [n] of these units, as ``search_vector`` gives it; nan without a vector."""
         search = self.memory.embedded.search_or_none()
         if search is None:
-            return {}
+            import numpy
+
+            return numpy.full(len(seqs), numpy.nan, numpy.float32)
         with self._read() as connection:
-            return search.rows(connection, seqs)
+            return search.similarities(connection, vector, seqs)
+
+    def background(self, vector: Any) -> tuple[float, float]:
+        """Mean and standard deviation of the similarity to a few hundred units."""
+        search = self.memory.embedded.search_or_none()
+        if search is None:
+            return 0.0, 1.0
+        with self._read() as connection:
+            return search.background(connection, vector)
+
+    def changes(self, since: int) -> tuple[int, list[int] | None]:
+        """(number of the last change, units changed after ``since``; None: too many)."""
+        with self._read() as connection:
+            now = self.memory.records.database.change(connection)
+            if now == since:
+                return now, []
+            return now, self._table.changed(connection, since, _MANY)
 
     def load(self, seqs: Iterable[int], scope: Scope) -> dict[int, Unit]:
         """The units that may be seen."""

@@ -343,6 +343,12 @@ class CubeTable:
             "vectors": connection.execute(have).scalar_one(),
         }
 
+    def changed(self, connection: Connection, since: int, limit: int) -> list[int] | None:
+        """Numbers of the cubes written after this change; None: more than ``limit``."""
+        named = {"memory": self.memory, "since": since, "limit": limit + 1}
+        rows = connection.execute(_CHANGED, named).all()
+        return None if len(rows) > limit else [int(row[0]) for row in rows]
+
     def expired(self, connection: Connection, now: float) -> list[int]:
         """Numbers of the cubes whose time is over."""
         rows = connection.execute(_EXPIRED, {"memory": self.memory, "now": now})
@@ -461,6 +467,11 @@ _EXPIRED = select(cubes.c.seq).where(
     cubes.c.memory + 0 == bindparam("memory"),
     cubes.c.expires_at <= bindparam("now"),
     cubes.c.state != DELETED,
+)
+_CHANGED = (
+    select(cubes.c.seq)
+    .where(cubes.c.memory == bindparam("memory"), cubes.c.change > bindparam("since"))
+    .limit(bindparam("limit"))
 )
 _PARENTS = cubes.alias("parents")
 _ROWS = (

@@ -85,6 +85,7 @@ cubes = Table(
     Column("digest", LargeBinary, nullable=False),
     Column("change", Integer, nullable=False),
     Index("cubes_id", "memory", "id", unique=True),
+    Index("cubes_change", "memory", "change"),
     Index("cubes_digest", "memory", "digest"),
     Index("cubes_parent", "parent", "seq"),
     Index("cubes_thread", "memory", "thread", "seq"),

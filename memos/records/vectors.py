@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from memos.records.database import Database
 from memos.records.index import VectorIndex
@@ -20,6 +20,11 @@ from memos.records.schema import vectors
 from memos.records.scope import Scope
 
 _SAVE_FROM = 5000  # vectors; fewer are read from their rows as fast as from a file
+
+
+_TOKENS = select(vectors.c.seq, vectors.c.tokens).where(
+    vectors.c.seq.in_(bindparam("seqs", expanding=True)), vectors.c.tokens.is_not(None)
+)
 
 
 class VectorSearch:
@@ -75,6 +80,33 @@ class VectorSearch:
             )
         )
         return {int(row[0]): self.decode(row[1]) for row in found}
+
+    def tokens(self, connection: Connection, seqs: Sequence[int]) -> dict[int, Any]:
+        """Signs of the token vectors of these cubes, uint8 [tokens, dim / 8]."""
+        found = connection.execute(_TOKENS, {"seqs": [int(seq) for seq in seqs]})
+        width = -(-self.dim // 8)
+        return {
+            int(row[0]): numpy.frombuffer(row[1], numpy.uint8).reshape(-1, width) for row in found
+        }
+
+    def similarities(self, connection: Connection, query: Any, seqs: Any) -> Any:
+        """Similarity [n] float32 of these cubes, as ``search`` gives it; nan without a vector."""
+        index = self.index(connection)
+        found = numpy.full(len(seqs), numpy.nan, numpy.float32)
+        order = numpy.argsort(seqs)
+        keys, scores = index.search(query, len(seqs), numpy.asarray(seqs)[order])
+        found[order[numpy.searchsorted(numpy.asarray(seqs)[order], keys)]] = scores
+        return found
+
+    def background(self, connection: Connection, query: Any) -> tuple[float, float]:
+        """Mean and standard deviation of the similarity to 512 cubes from all over the memory."""
+        index = self.index(connection)
+        keys = index.keys()
+        if not len(keys):
+            return 0.0, 1.0
+        some = keys[numpy.linspace(0, len(keys) - 1, min(512, len(keys))).astype(numpy.int64)]
+        _, scores = index.search(query, len(some), numpy.unique(some))
+        return float(scores.mean()), float(scores.std()) or 1.0
 
     def index(self, connection: Connection) -> VectorIndex:
         """The index, brought up to what this connection sees."""
