@@ -59,6 +59,7 @@ class Graph:
             max(1, capacity), M=M, ef_construction=ef_construction, random_seed=1
         )
         self._shared = _Shared()
+        self._dead = 0
         self.covered = 0  # rows below this one are in the graph, or were dead when their turn came
 
     def add(self, rows: Ints, vectors: Floats, covered: int, num_threads: int) -> None:
@@ -76,6 +77,7 @@ class Graph:
         with self._shared.alone():
             for row in rows.tolist():
                 self._index.mark_deleted(row)
+            self._dead += len(rows)
 
     def labels(self) -> Ints:
         with self._shared.together():
@@ -89,10 +91,12 @@ class Graph:
         """
         with self._shared.together():
             covered = self.covered
-            fetch = min(fetch, self._index.get_current_count())
-            try:  # without a node k is 0, which is an error too
+            fetch = min(fetch, self._index.get_current_count() - self._dead)
+            if fetch <= 0:
+                return np.empty(0, np.int64), np.empty(0, np.float32), covered
+            try:
                 rows, distances = self._index.knn_query(query, k=fetch, num_threads=1)
-            except RuntimeError:  # fewer than fetch are alive and reached: the caller scans
+            except RuntimeError:  # fewer than fetch were reached: the caller scans
                 return np.empty(0, np.int64), np.empty(0, np.float32), covered
         return rows[0].astype(np.int64), distances[0], covered
 
@@ -165,6 +169,7 @@ class Graph:
             }
         )
         graph.covered = scalars["covered"]
+        graph._dead = int((links[:, 2] & 1).sum())  # hnswlib's mark of the deleted
         return graph
 
 
