@@ -95,6 +95,8 @@ class ListSource:
 
     def search_vector(self, vector: Any, limit: int, scope: Any) -> tuple[Any, Any]:
         seqs, matrix = self._vectors()
+        if not len(seqs):
+            return _arrays([])
         near = matrix @ vector
         order = numpy.argsort(-near, kind="stable")
         if scope is not None:
@@ -190,7 +192,7 @@ class ListSource:
         if self._matrix[0] != self._stamp:
             rows = [row for seq, row in sorted(self.rows.items()) if row.vector is not None]
             seqs = numpy.array([row.seq for row in rows], numpy.int64)
-            matrix = numpy.stack([row.vector for row in rows]) if rows else numpy.zeros((0, 1))
+            matrix = numpy.array([row.vector for row in rows])
             self._matrix = (self._stamp, seqs, matrix)
         return self._matrix[1], self._matrix[2]
 

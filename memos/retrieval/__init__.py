@@ -8,6 +8,7 @@ from __future__ import annotations
 from memos.retrieval.candidates import Candidate, Candidates, Signal, Stage, StageTrace
 from memos.retrieval.expand import Expand
 from memos.retrieval.explain import Explained, Explanation, explain
+from memos.retrieval.pagerank import PageRank
 from memos.retrieval.pipeline import Pipeline, default_pipeline, default_stages
 from memos.retrieval.query import Query, parse
 from memos.retrieval.rerank import CrossEncoder, LateInteraction, Rerank
@@ -26,6 +27,7 @@ __all__ = [
     "Explanation",
     "Fuse",
     "LateInteraction",
+    "PageRank",
     "Pipeline",
     "Query",
     "Rerank",

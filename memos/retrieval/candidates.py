@@ -15,9 +15,17 @@ from memos.retrieval.units import Units
 
 @dataclass
 class Shared:
-    """What the sources of one query have in common."""
+    """What the sources of one query see of one another.
 
-    best_text: float = 0.0  # the best BM25 of all
+    Args:
+        sources:  how many there are.
+        coverage: source's name -> share of the query's words that its best text has.
+        dense:    the candidates of every source that searched by meaning.
+    """
+
+    sources: int = 1
+    coverage: dict[str, float] = field(default_factory=dict)
+    dense: list[Candidates] = field(default_factory=list)
 
 
 class Candidates:
@@ -39,6 +47,7 @@ class Candidates:
         self.weights: dict[str, float] = {}
         self.score: Array = numpy.zeros(0)
         self.is_complete = False  # every unit that may be seen is here
+        self.total = 0  # units of the source, about
         self.vector: Any = None  # of the query
         self.text_scores: tuple[Array, Array] | None = None  # more than became candidates
         self.background: tuple[float, float] | None = None

@@ -115,8 +115,10 @@ class Pipeline:
         found = list(sources) if isinstance(sources, Sequence) else [sources]
         if isinstance(query, str):
             query = self.parse(query, found, now=now)
-        shared = Shared()
-        sets = [Candidates(source, scope, self._units_of(source), shared) for source in found]
+        shared = Shared(len(found))
+        sets = [
+            Candidates(source, scope, self._units_of(source, scope), shared) for source in found
+        ]
         for stage in self.stages:  # all sources in step, so that they see the same ``shared``
             for i, candidates in enumerate(sets):
                 sets[i] = _run_stage(stage, query, candidates)
@@ -131,12 +133,12 @@ class Pipeline:
         pairs = [pair for source in sources for pair in source.named_values(words)]
         return parse(text, pairs, self._clock() if now is None else now)
 
-    def _units_of(self, source: Source) -> Units:
+    def _units_of(self, source: Source, scope: Scope) -> Units:
         with self._lock:
             units = self._units.get(source.owner)
             if units is None:
                 units = self._units[source.owner] = Units()
-        units.refresh(source)
+        units.refresh(source, scope)
         return units
 
 

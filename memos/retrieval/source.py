@@ -15,13 +15,16 @@ class Unit(Protocol):
     """What ranking reads of one cube.
 
     seq is its number, unique among the sources of one query and ordered by time; thread the
-    conversation or document whose units follow one another; parent the unit above it.
+    conversation or document whose units follow one another; parent the unit above it; context
+    what full text reads beside the text: the metadata in words, the headings above.
     """
 
     @property
     def seq(self) -> int: ...
     @property
     def text(self) -> str: ...
+    @property
+    def context(self) -> str: ...
     @property
     def metadata(self) -> Mapping[str, Any]: ...
     @property

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy
 
 from memos.retrieval.candidates import Candidates
-from memos.retrieval.query import Query
+from memos.retrieval.query import Query, words_of
 from memos.retrieval.source import Array
 
+_STEM = 5  # letters that tell words apart, endings left out
 SMALL = 1000  # units; all of a smaller store are candidates
 
 
@@ -32,8 +33,9 @@ class TextSearch:
 
     def __call__(self, query: Query, candidates: Candidates) -> Candidates:
         seqs, ranks = candidates.source.search_text(query.terms, self.scored, candidates.scope)
-        if len(ranks):
-            candidates.shared.best_text = max(candidates.shared.best_text, float(ranks[0]))
+        if len(seqs) and candidates.shared.sources > 1:
+            share = _coverage(candidates, query, int(seqs[0]))
+            candidates.shared.coverage[candidates.source.name] = share
         candidates.add(seqs[: self.limit])
         order = numpy.argsort(seqs)
         candidates.text_scores = (seqs[order], ranks[order])
@@ -56,7 +58,8 @@ class VectorSearch:
         candidates.vector = source.embed_query(query.spoken or query.text)
         if candidates.vector is None:
             return candidates
-        total = source.count()
+        total = candidates.total = source.count()
+        candidates.shared.dense.append(candidates)
         limit = total if total <= SMALL else self.limit
         seqs, near = source.search_vector(candidates.vector, limit, scope)
         candidates.add(seqs)
@@ -73,7 +76,9 @@ class Fuse:
     """One relevance of both: ``text * bm25 / best bm25 + dense * z(similarity)``.
 
     z is the distance from the mean similarity of the store, in standard deviations: scores are
-    fused, not ranks, so that a clear winner of one path stays one.
+    fused, not ranks, so that a clear winner of one path stays one. Of several memories each has
+    its own best BM25, which counts as far as that text has the words of the query; z is against
+    the largest memory with the same embedder.
     """
 
     text: float = 4.0
@@ -95,19 +100,34 @@ class Fuse:
 
 def text_of(candidates: Candidates, seqs: Array) -> Array:
     """BM25 of these units as a share of the best one; 0 where no word is found."""
-    best = candidates.shared.best_text
-    if candidates.text_scores is None or best <= 0 or not len(candidates.text_scores[0]):
+    if candidates.text_scores is None or not len(candidates.text_scores[0]):
         return numpy.zeros(len(seqs))
     known, ranks = candidates.text_scores
     at = numpy.minimum(numpy.searchsorted(known, seqs), len(known) - 1)
-    return numpy.where(known[at] == seqs, ranks[at] / best, 0.0)
+    coverage = candidates.shared.coverage
+    share = coverage.get(candidates.source.name, 1.0) / (max(coverage.values(), default=1.0) or 1.0)
+    return numpy.where(known[at] == seqs, ranks[at] * share / max(ranks.max(), 1e-12), 0.0)
 
 
 def dense_of(candidates: Candidates, near: Array) -> Array:
     """Similarities as standard deviations above the store's mean; nan becomes 0."""
-    if candidates.background is None:
-        candidates.background = candidates.source.background(candidates.vector)
-    mean, deviation = candidates.background
+    if not len(near):
+        return numpy.zeros(0)
+    alike = [c for c in candidates.shared.dense if numpy.array_equal(c.vector, candidates.vector)]
+    largest = max(alike, key=lambda c: c.total, default=candidates)
+    if largest.background is None:
+        largest.background = largest.source.background(candidates.vector)
+    mean, deviation = largest.background
     if not deviation > 1e-9:
         return numpy.zeros(len(near))
     return numpy.asarray(numpy.nan_to_num((near - mean) / deviation))
+
+
+def _coverage(candidates: Candidates, query: Query, seq: int) -> float:
+    unit = candidates.source.load([seq], candidates.scope).get(seq)
+    terms = query.terms.split()
+    if unit is None or not terms:
+        return 0.0
+    words = words_of(f"{unit.text} {unit.context}")
+    stems = {word[:_STEM] for word in words}
+    return sum(term[:_STEM] in stems for term in terms) / len(terms)

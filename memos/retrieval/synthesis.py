@@ -124,19 +124,24 @@ def synthesise(
         left -= cost
     if order == "time":
         pieces = _by_time(pieces)
-    text, citations = "", []
+    text, citations = _written(pieces, count)
+    return Context(text, citations, count(text) if text else 0, tuple(left_out), query, tuple(hits))
+
+
+def _written(
+    pieces: Sequence[_Piece], count: Callable[[str], int]
+) -> tuple[str, tuple[Citation, ...]]:
+    lines, citations, start = [], [], 0
     for number, piece in enumerate(pieces, 1):
-        start = len(text) + bool(text)
-        text += f"{chr(10) if text else ''}[{number}] {piece.text}"
-        hit = piece.hit
+        hit, line = piece.hit, f"[{number}] {piece.text}"
+        end = start + len(line)
         tokens = _cost(count, number, piece.text)
         citations.append(
-            Citation(
-                number, hit.id, hit.memory, hit.versions, start, len(text), tokens, piece.is_cut
-            )
+            Citation(number, hit.id, hit.memory, hit.versions, start, end, tokens, piece.is_cut)
         )
-    tokens = count(text) if text else 0
-    return Context(text, tuple(citations), tokens, tuple(left_out), query, tuple(hits))
+        lines.append(line)
+        start = end + 1
+    return "\n".join(lines), tuple(citations)
 
 
 def counter(count_tokens: Any) -> Callable[[str], int]:

@@ -15,7 +15,9 @@ from memos.retrieval.times import mentions_time, time_of
 _KEPT = 200_000  # units; some hundred bytes each
 _CHUNK = 4096
 _DAY_S = 86400
+_MOST_CHANGES = 1000  # after more of them everything is read anew
 _COLUMNS = (
+    ("seq", numpy.int64),
     ("previous", numpy.int64),
     ("next", numpy.int64),
     ("group", numpy.int64),
@@ -61,18 +63,26 @@ class Units:
                 has[list(self._holders.get(pair, ()))] = True
             return has[rows]
 
-    def refresh(self, source: Source) -> None:
-        """Forget what changed in the source."""
+    def refresh(self, source: Source, scope: Scope) -> None:
+        """Forget what changed in the source, and what stood or stands beside it."""
         with self._lock:
             stamp, changed = source.changes(self._stamp)
             if stamp == self._stamp:
                 return
-            if changed is None or len(self._rows) > _KEPT:
-                self._clear()
-            else:
-                for seq in changed:
-                    self._forget(int(seq))
             self._stamp = stamp
+            if changed is None or len(self._rows) > _KEPT or len(changed) > _MOST_CHANGES:
+                self._clear()
+            elif self._rows and changed:
+                gone = set(changed)
+                used = slice(0, self._used)
+                for name in ("previous", "next"):
+                    touched = numpy.isin(self._columns[name][used], list(changed))
+                    gone.update(self._columns["seq"][used][touched].tolist())
+                for before, after in source.neighbours(changed, scope).values():
+                    gone.update(before)
+                    gone.update(after)
+                for seq in gone:
+                    self._forget(seq)
 
     def _find(self, source: Source, scope: Scope, seqs: Array) -> Array:
         wanted = seqs.tolist()
@@ -96,10 +106,10 @@ class Units:
         time = time_of(unit.metadata)
         at = unit.created_at if time is None else time
         is_spoken = any(key.lower() in SPEAKER_KEYS for key in unit.metadata)
-        previous, next_ = before[0] if before else -1, after[0] if after else -1
         values = {
-            "previous": previous,
-            "next": next_,
+            "seq": unit.seq,
+            "previous": before[0] if before else -1,
+            "next": after[0] if after else -1,
             "group": self._group(unit, at),
             "at": at,
             "importance": unit.importance,
@@ -110,10 +120,6 @@ class Units:
         for name, value in values.items():
             self._columns[name][row] = value
         self._rows[unit.seq] = row
-        # Each end of a link was read at its own time: the later reading holds.
-        for seq, name in ((previous, "next"), (next_, "previous")):
-            if seq in self._rows:
-                self._columns[name][self._rows[seq]] = unit.seq
         self._pairs[row] = tuple(pairs_of(unit.metadata))
         for pair in self._pairs[row]:
             self._holders.setdefault(pair, set()).add(row)
@@ -134,10 +140,6 @@ class Units:
         if row is None:
             return
         self._free.append(row)
-        previous, next_ = (int(self._columns[name][row]) for name in ("previous", "next"))
-        for other, name in ((previous, "next"), (next_, "previous")):
-            if other in self._rows:
-                self._columns[name][self._rows[other]] = next_ if name == "next" else previous
         for pair in self._pairs.pop(row):
             self._holders[pair].discard(row)
 
