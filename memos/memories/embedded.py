@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Encoded = tuple[bytes | None, bytes | None]
 _KEPT = 256
-_queries: dict[tuple[str, str], tuple[Any, Any]] = {}  # of this process: one query asks several memories
+# Of this process: one query asks several memories.
+_queries: dict[tuple[str, str], tuple[Any, Any]] = {}
 _queries_lock = threading.Lock()
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from memos.cube import MemCube, Version
+from memos.cube.identity import canonical
 from memos.errors import ArgumentError, NotFoundError
 from memos.kernels.codec import Codec
 from memos.kv.sessions import Session
@@ -499,4 +500,5 @@ class KVCacheMemory:
 def _checked(metadata: dict[str, Any] | None) -> dict[str, Any]:
     if metadata is not None and not isinstance(metadata, Mapping):
         raise ArgumentError(f"metadata: a dict wanted, got {type(metadata).__name__}")
+    canonical(dict(metadata or {}), "metadata")
     return {k: v for k, v in (metadata or {}).items() if k not in (*_ON_CUBES, _LEARNT)}

@@ -74,7 +74,7 @@ class Records:
         self.folder = None if path is None else Path(path)
         self.readonly = readonly
         self._lock = threading.Lock()
-        self._tables: dict[str, CubeTable] = {}
+        self._tables: dict[str, tuple[str, CubeTable]] = {}
         self._embedders: dict[int, tuple[str, int]] = {}
 
     def close(self) -> None:
@@ -89,9 +89,11 @@ class Records:
         Raises ArgumentError when a memory of another kind has this name.
         """
         with self._lock:
-            if name not in self._tables:
-                self._tables[name] = self._register(name, kind, description, config or {})
-            return self._tables[name]
+            found = self._tables.get(name)
+            if found is None or found[0] != kind:
+                found = (kind, self._register(name, kind, description, config or {}))
+                self._tables[name] = found
+            return found[1]
 
     def memories(self) -> list[dict[str, Any]]:
         """name, kind, description, config and number of living cubes of every memory."""
