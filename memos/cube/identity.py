@@ -12,6 +12,7 @@ from typing import Any
 
 from memos.errors import ArgumentError
 
+_DEEPEST = 100  # levels of JSON: what reads them again is recursive
 _lock = threading.Lock()
 _last_ms = 0
 _count = 0
@@ -40,9 +41,9 @@ def canonical(value: Any, what: str = "value") -> str:
     """JSON text that is equal for equal values.
 
     Raises ArgumentError, which names ``what``, for what JSON cannot hold: other types, keys that
-    are no strings, NaN and infinities.
+    are no strings, NaN and infinities; and for more than 100 levels.
     """
-    _check_keys(value, what)
+    _check(value, what)
     try:
         return json.dumps(
             value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -61,14 +62,16 @@ def digest(*parts: str) -> bytes:
     return whole.digest()
 
 
-def _check_keys(value: Any, what: str) -> None:
-    stack = [value]
+def _check(value: Any, what: str) -> None:
+    stack = [(value, 0)]
     while stack:
-        item = stack.pop()
+        item, depth = stack.pop()
+        if depth > _DEEPEST:
+            raise ArgumentError(f"{what}: at most {_DEEPEST} lists and dicts in one another wanted")
         if isinstance(item, dict):
             for key in item:
                 if not isinstance(key, str):
                     raise ArgumentError(f"{what}: keys that are strings wanted, got {key!r}")
-            stack.extend(item.values())
+            stack.extend((inner, depth + 1) for inner in item.values())
         elif isinstance(item, list | tuple):
-            stack.extend(item)
+            stack.extend((inner, depth + 1) for inner in item)

@@ -170,6 +170,9 @@ class Database:
             raise _translated(self.path, error.orig or error) from error
         except sqlite3.Error as error:
             raise _translated(self.path, error) from error
+        except UnicodeEncodeError as error:  # a lone surrogate
+            wrong = error.object[error.start]
+            raise ArgumentError(f"text: what UTF-8 can hold wanted, got {wrong!r}") from error
 
 
 def open_database(

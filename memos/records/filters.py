@@ -9,12 +9,19 @@
     {"@importance": {"$gte": 0.5}}             @ names a field of the cube: see FIELDS
 
 Values compare within their type: 3 equals 3.0, but neither "3" nor true. $ne and $nin match also
-where the key is missing. Several keys of one dict: all of them.
+where the key is missing. Several keys of one dict: all of them; {}: every cube.
+
+Strings order by code points; of those longer than 256 characters that begin alike, one is greater
+than the other in no useful order. Integers beyond 64 bits are only equal or not. Empty lists and
+dicts in the metadata are as if they were not there, and a list of lists is one list; of a key
+that stands there in two ways, {"a": {"b": 1}, "a.b": 2}, any value counts. At most 500 conditions
+and 10,000 values, 32 levels deep.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -57,7 +64,8 @@ _OPERATORS = ("$eq", "$ne", *_ORDER, "$in", "$nin", "$exists")
 
 NULL, BOOL, NUMBER, STRING, LARGE = range(5)
 _LONGEST = 256  # of a string that is looked up as it is
-_MAX_DEPTH = 32
+_MAX_BITS = 10_000  # of an integer
+_MAX_DEPTH, _MAX_CONDITIONS, _MAX_VALUES = 32, 500, 10_000
 
 
 def compile_filter(filters: Mapping[str, Any] | None, memory: Any) -> ColumnElement[bool]:
@@ -65,7 +73,7 @@ def compile_filter(filters: Mapping[str, Any] | None, memory: Any) -> ColumnElem
 
     Raises ArgumentError, which names the part that is out of the language.
     """
-    return _compile({} if filters is None else filters, memory, 0)
+    return _Compiler(memory).compile({} if filters is None else filters, 0)
 
 
 def facts_of(metadata: Mapping[str, Any]) -> set[tuple[str, int, int | float, str]]:
@@ -136,62 +144,116 @@ def _typed(value: Any) -> tuple[int, int | float, str]:
     return STRING, 0, value
 
 
-def _compile(filters: Any, memory: Any, depth: int) -> ColumnElement[bool]:
-    if not isinstance(filters, Mapping):
-        raise ArgumentError(f"filters: a dict wanted, got {filters!r}")
-    if depth > _MAX_DEPTH:
-        raise ArgumentError(f"filters: at most {_MAX_DEPTH} dicts inside one another wanted")
-    parts: list[ColumnElement[bool]] = []
-    for key, value in filters.items():
-        if not isinstance(key, str):
-            raise ArgumentError(f"filters: keys that are strings wanted, got {key!r}")
-        if key in ("$and", "$or"):
-            if not isinstance(value, list | tuple) or not value:
-                raise ArgumentError(f"filters: {key} wants a list of filters, got {value!r}")
-            inner = [_compile(item, memory, depth + 1) for item in value]
-            parts.append(and_(*inner) if key == "$and" else or_(*inner))
-        elif key == "$not":
-            parts.append(not_(_compile(value, memory, depth + 1)))
-        elif key.startswith("$"):
-            raise ArgumentError(f"filters: $and, $or, $not or a metadata key wanted, got {key!r}")
-        elif isinstance(value, Mapping):
-            if not value:
-                raise ArgumentError(f"filters: {key!r} wants an operator such as $gte, got {{}}")
-            parts += [_leaf(key, name, wanted, memory) for name, wanted in value.items()]
+class _Compiler:
+    """Of one filter for one memory; counts what it is made of."""
+
+    def __init__(self, memory: Any) -> None:
+        self._memory = memory
+        self._conditions = self._values = 0
+
+    def compile(self, filters: Any, depth: int) -> ColumnElement[bool]:
+        if not isinstance(filters, Mapping):
+            raise ArgumentError(f"filters: a dict wanted, got {filters!r}")
+        if depth > _MAX_DEPTH:
+            raise ArgumentError(f"filters: at most {_MAX_DEPTH} dicts inside one another wanted")
+        parts: list[ColumnElement[bool]] = []
+        for key, value in filters.items():
+            if not isinstance(key, str):
+                raise ArgumentError(f"filters: keys that are strings wanted, got {key!r}")
+            self._count(key, 1, 0)
+            if key in ("$and", "$or"):
+                if not isinstance(value, list | tuple) or not value:
+                    raise ArgumentError(f"filters: {key} wants a list of filters, got {value!r}")
+                self._count(key, len(value), 0)
+                inner = [self.compile(item, depth + 1) for item in value]
+                parts.append(and_(*inner) if key == "$and" else or_(*inner))
+            elif key == "$not":
+                parts.append(not_(self.compile(value, depth + 1)))
+            elif key.startswith("$"):
+                raise ArgumentError(
+                    f"filters: $and, $or, $not or a metadata key wanted, got {key!r}"
+                )
+            elif isinstance(value, Mapping):
+                if not value:
+                    raise ArgumentError(
+                        f"filters: {key!r} wants an operator such as $gte, got {{}}"
+                    )
+                self._count(key, len(value), 0)
+                parts += [self._leaf(key, name, wanted) for name, wanted in value.items()]
+            else:
+                parts.append(self._leaf(key, "$eq", value))
+        return and_(true(), *parts)
+
+    def _count(self, key: str, conditions: int, values: int) -> None:
+        self._conditions += conditions
+        self._values += values
+        if self._conditions > _MAX_CONDITIONS or self._values > _MAX_VALUES:
+            raise ArgumentError(
+                f"filters: at most {_MAX_CONDITIONS} conditions and {_MAX_VALUES:,} values "
+                f"wanted, got more by {key!r}"
+            )
+
+    def _leaf(self, key: str, name: Any, value: Any) -> ColumnElement[bool]:
+        if name not in _OPERATORS:
+            raise ArgumentError(
+                f"filters: {key!r} wants one of {', '.join(_OPERATORS)}, got {name!r}"
+            )
+        _utf8(key, key)
+        if name in ("$in", "$nin"):
+            if not isinstance(value, list | tuple | set | frozenset):
+                raise ArgumentError(f"filters: {key!r} {name} wants a list, got {value!r}")
+            self._count(key, 0, len(value))
+            found = self._one_of(key, name, value)
+            return found if name == "$in" else not_(found)
+        self._count(key, 0, 1)
+        if name in ("$eq", "$ne"):
+            found = self._one_of(key, name, [value])
+            return found if name == "$eq" else not_(found)
+        if name == "$exists" and not isinstance(value, bool):
+            raise ArgumentError(f"filters: {key!r} $exists wants true or false, got {value!r}")
+        if key.startswith("@"):
+            column = _column(key)
+            if name == "$exists":
+                return column.is_not(None) if value else column.is_(None)
+            return and_(column.is_not(None), _ORDER[name](column, _of_field(key, name, value)))
+        seqs = select(facts.c.seq).where(facts.c.memory == self._memory)
+        if name == "$exists":
+            inside = and_(facts.c.key > key + ".", facts.c.key < key + "/")  # "/" follows "."
+            found = cubes.c.seq.in_(seqs.where(or_(facts.c.key == key, inside)))
+            return found if value else not_(found)
+        kind, number, string = _value(key, name, value)
+        seqs = seqs.where(facts.c.key == key, facts.c.type == kind)
+        if kind == NUMBER:
+            seqs = seqs.where(_ORDER[name](facts.c.number, number), facts.c.string == "")
         else:
-            parts.append(_leaf(key, "$eq", value, memory))
-    return and_(true(), *parts)
+            seqs = seqs.where(facts.c.number == 0, _ORDER[name](facts.c.string, string))
+        return cubes.c.seq.in_(seqs)
 
-
-def _leaf(key: str, name: str, value: Any, memory: Any) -> ColumnElement[bool]:
-    if name not in _OPERATORS:
-        raise ArgumentError(f"filters: {key!r} wants one of {', '.join(_OPERATORS)}, got {name!r}")
-    if name in ("$in", "$nin"):
-        if not isinstance(value, list | tuple | set | frozenset):
-            raise ArgumentError(f"filters: {key!r} {name} wants a list, got {value!r}")
-        found = or_(false(), *(_leaf(key, "$eq", item, memory) for item in value))
-        return found if name == "$in" else not_(found)
-    if name == "$ne":
-        return not_(_leaf(key, "$eq", value, memory))
-    if name == "$exists" and not isinstance(value, bool):
-        raise ArgumentError(f"filters: {key!r} $exists wants true or false, got {value!r}")
-    if key.startswith("@"):
-        return _field(key, name, value)
-    seqs = select(facts.c.seq).where(facts.c.memory == memory)
-    if name == "$exists":
-        inside = and_(facts.c.key > key + ".", facts.c.key < key + "/")  # "/" follows "."
-        found = cubes.c.seq.in_(seqs.where(or_(facts.c.key == key, inside)))
-        return found if value else not_(found)
-    seqs = seqs.where(facts.c.key == key)
-    kind, number, string = _value(key, name, value)
-    seqs = seqs.where(facts.c.type == kind)
-    if name == "$eq":
-        return cubes.c.seq.in_(seqs.where(facts.c.number == number, facts.c.string == string))
-    if kind == NUMBER:
-        seqs = seqs.where(_ORDER[name](facts.c.number, number), facts.c.string == "")
-    else:
-        seqs = seqs.where(facts.c.number == 0, _ORDER[name](facts.c.string, string))
-    return cubes.c.seq.in_(seqs)
+    def _one_of(self, key: str, name: str, values: Iterable[Any]) -> ColumnElement[bool]:
+        """Whether the key has one of these values: one lookup for each type among them."""
+        if key.startswith("@"):
+            column = _column(key)
+            given = [value if value is None else _of_field(key, name, value) for value in values]
+            same = column.in_([value for value in given if value is not None])
+            found = and_(column.is_not(None), same)
+            return or_(found, column.is_(None)) if None in given else found
+        numbers: dict[int, list[Any]] = {}
+        strings: dict[int, list[str]] = {}
+        for value in values:
+            kind, number, string = _value(key, name, value)
+            if kind in (STRING, LARGE):
+                strings.setdefault(kind, []).append(string)
+            else:
+                numbers.setdefault(kind, []).append(number)
+        seqs = select(facts.c.seq).where(facts.c.memory == self._memory, facts.c.key == key)
+        parts: list[ColumnElement[bool]] = [false()]
+        for kind, some in numbers.items():
+            typed = seqs.where(facts.c.type == kind, facts.c.string == "")
+            parts.append(cubes.c.seq.in_(typed.where(facts.c.number.in_(some))))
+        for kind, texts in strings.items():
+            typed = seqs.where(facts.c.type == kind, facts.c.number == 0)
+            parts.append(cubes.c.seq.in_(typed.where(facts.c.string.in_(texts))))
+        return or_(*parts)
 
 
 def _value(key: str, name: str, value: Any) -> tuple[int, int | float, str]:
@@ -199,6 +261,10 @@ def _value(key: str, name: str, value: Any) -> tuple[int, int | float, str]:
         raise ArgumentError(
             f"filters: {key!r} {name} wants a string, number, true, false or null, got {value!r}"
         )
+    if isinstance(value, str):
+        _utf8(key, value)
+    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ArgumentError(f"filters: {key!r} {name} wants at most {_MAX_BITS:,} bits of a number")
     kind, number, string = _typed(value)
     if name in _ORDER and kind not in (NUMBER, STRING):
         raise ArgumentError(
@@ -207,17 +273,28 @@ def _value(key: str, name: str, value: Any) -> tuple[int, int | float, str]:
     return kind, number, string
 
 
-def _field(key: str, name: str, value: Any) -> ColumnElement[bool]:
+def _column(key: str) -> ColumnElement[Any]:
     if key not in FIELDS:
         raise ArgumentError(f"filters: one of {', '.join(FIELDS)} wanted, got {key!r}")
-    column: ColumnElement[Any] = FIELDS[key]
-    if name == "$exists":
-        return column.is_not(None) if value else column.is_(None)
-    if value is None and name == "$eq":
-        return column.is_(None)
+    return FIELDS[key]
+
+
+def _of_field(key: str, name: str, value: Any) -> Any:
     wanted = (int, float) if key in _NUMBERS else (str,)
     if not isinstance(value, wanted) or isinstance(value, bool) or value != value:
         kind = "a number" if key in _NUMBERS else "a string"
         raise ArgumentError(f"filters: {key!r} {name} wants {kind}, got {value!r}")
-    same = column == value if name == "$eq" else _ORDER[name](column, value)
-    return and_(column.is_not(None), same)
+    if isinstance(value, str):
+        _utf8(key, value)
+    elif isinstance(value, int) and value.bit_length() > 63:
+        return math.inf if value > 0 else -math.inf
+    return value
+
+
+def _utf8(key: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"filters: {key!r} wants text that UTF-8 can hold, got {text[error.start]!r}"
+        ) from None
