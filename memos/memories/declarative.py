@@ -305,7 +305,7 @@ class DeclarativeMemory:
         """What a call with these filters may see now."""
         from memos.records.scope import Scope
 
-        return Scope(filters or {}, self._clock())
+        return Scope({} if filters is None else filters, self._clock())
 
     def _store(self, items: Sequence[Mapping[str, Any]], names: dict[str, int]) -> list[MemCube]:
         """Store cubes in one transaction, which also reads them."""
@@ -382,7 +382,7 @@ class DeclarativeMemory:
             source=_name("source", item.get("source"), metadata),
             creator=_name("creator", item.get("creator"), metadata),
             author=_name("creator", item.get("creator"), metadata),
-            derived_from=tuple(item.get("derived_from") or ()),
+            derived_from=_names(item.get("derived_from") or ()),
             acl=item.get("acl"),
             expires_at=_expiry(item.get("ttl_s"), now),
         )
@@ -458,6 +458,12 @@ def _name(what: str, given: Any, metadata: Mapping[str, Any]) -> str | None:
     if given is not None and not isinstance(given, str):
         raise ArgumentError(f"{what}: a string wanted, got {given!r}")
     return value if isinstance(value, str) else None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise ArgumentError(f"derived_from: a list of ids wanted, got {value!r}")
+    return tuple(value)
 
 
 def _relation(edge: Any) -> Relation:

@@ -130,7 +130,7 @@ class CubeTable:
                     new.thread,
                     new.source,
                     new.creator,
-                    json.dumps(list(new.derived_from)) if new.derived_from else None,
+                    canonical(list(new.derived_from)) if new.derived_from else None,
                     _json(new.acl),
                     new.author,
                     new.at,
@@ -166,7 +166,8 @@ class CubeTable:
             content = _json(change.content)
         metadata, context = old.metadata, old.context
         if change.metadata is not None:
-            metadata, context = canonical(change.metadata), context_of(change.metadata)
+            metadata = canonical(change.metadata, "metadata")
+            context = context_of(change.metadata)
             self._change_facts(connection, seq, json.loads(old.metadata), change.metadata)
         context = context if change.context is None else change.context
         if (text, context) != (old.text, old.context):

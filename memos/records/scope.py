@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, or_, select
 
+from memos.errors import ArgumentError
 from memos.records.filters import compile_filter
 from memos.records.schema import cubes
 
@@ -27,6 +28,10 @@ class Scope:
     filters: Mapping[str, Any] = field(default_factory=dict)
     now: float = field(default_factory=time.time)
     _allowed: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.filters, Mapping):
+            raise ArgumentError(f"filters: a dict wanted, got {self.filters!r}")
 
     @property
     def is_open(self) -> bool:

@@ -36,8 +36,8 @@ def context_of(metadata: Mapping[str, Any]) -> str:
 
 def _words(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _words(inner)
+        for key in sorted(value):  # as it is read back
+            yield from _words(value[key])
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _words(inner)
