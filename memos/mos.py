@@ -375,7 +375,9 @@ class MOS:
             for memory in chosen:
                 memory.expire()
         sources = [MemorySource(memory) for memory in chosen]
-        return self.pipeline.run(query, sources, limit, Scope({} if filters is None else filters, self._clock()))
+        return self.pipeline.run(
+            query, sources, limit, Scope({} if filters is None else filters, self._clock())
+        )
 
     def _with_relatives(self, hit: Hit, *wanted: bool) -> Hit:
         memory = self.memory(hit.memory)
