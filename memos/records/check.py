@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, select
 
-from memos.errors import StoreError
-from memos.records.cubes import content_digest
+from memos.records.cubes import is_whole
 from memos.records.filters import facts_of
 from memos.records.fulltext import TOKENIZER
 from memos.records.schema import cubes, embedders, facts, memories, relations, store, vectors
@@ -84,6 +83,7 @@ class _Check:
         self.connection, self.is_file = connection, is_file
         self.memories = {row.id: row for row in connection.execute(select(memories))}
         self.ids: dict[int, tuple[int, str, bool]] = {}  # seq: memory, id, whether it is deleted
+        self.damaged: set[int] = set()  # nothing derived from these is looked at
 
     def parts(self) -> Mapping[str, Callable[[], Iterator[Problem]]]:
         return {
@@ -119,17 +119,15 @@ class _Check:
     def _cubes(self) -> Iterator[Problem]:
         last = self.connection.execute(select(store.c.change, store.c.seq)).one()
         for row in self._rows():
-            if not all(isinstance(part, str) for part in (row.id, row.text, row.metadata)):
-                raise StoreError(f"cube {row.seq}: it holds something else than text")
             self.ids[row.seq] = (row.memory, row.id, row.state == DELETED)
-            named = (row.kind, row.text, row.content, row.metadata, row.parent)
-            if content_digest(*named) != row.digest:
+            if not is_whole(row):
+                self.damaged.add(row.seq)
                 yield self.problem("cube", row.seq, "it is not what was stored: its digest differs")
             if row.memory not in self.memories:
                 yield self.problem("cube", row.seq, f"of memory {row.memory}, which is not there")
             if row.seq > last.seq or row.change > last.change:
                 yield self.problem("cube", row.seq, "from a transaction that is yet to come")
-            if not 0 <= row.importance <= 1:
+            if not isinstance(row.importance, float) or not 0 <= row.importance <= 1:
                 yield self.problem("cube", row.seq, f"importance {row.importance}")
 
     def _versions(self) -> Iterator[Problem]:
@@ -157,7 +155,8 @@ class _Check:
                     wanted[memory][seq] = number
         for memory, rows in wanted.items():
             there = self._indexed(memory)
-            for seq in sorted(seq for seq in rows.keys() | there.keys() if rows[seq] != there[seq]):
+            seqs = (rows.keys() | there.keys()) - self.damaged
+            for seq in sorted(seq for seq in seqs if rows[seq] != there[seq]):
                 text = "words in the index that it has not" if seq in there else "not in the index"
                 yield self.problem("fulltext", seq, text)
         plain = {id for id, memory in self.memories.items() if memory.kind == "text"}
@@ -195,7 +194,7 @@ class _Check:
                 wanted = sum(hash((row.memory, *fact)) for fact in named)
             if found.pop(row.seq, 0) != wanted:
                 yield self.problem("facts", row.seq, "filters see other metadata than it has")
-        for seq in found:
+        for seq in found.keys() - self.damaged:
             yield self.problem("facts", seq, "filters see metadata of a cube that is not there")
 
     def _vectors(self) -> Iterator[Problem]:
@@ -264,7 +263,9 @@ class _Check:
 
     def _rows(self) -> Iterator[Row[Any]]:
         statement = select(cubes).order_by(cubes.c.seq).execution_options(yield_per=_BATCH)
-        yield from self.connection.execute(statement)
+        for row in self.connection.execute(statement):
+            if row.seq not in self.damaged:
+                yield row
 
 
 class _Tokens:

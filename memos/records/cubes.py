@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Row, bindparam, func, select
 
 from memos.cube import MemCube, Relation, Version
 from memos.cube.identity import canonical, digest
-from memos.errors import NotFoundError
+from memos.errors import NotFoundError, StoreError
 from memos.records.database import Database
 from memos.records.filters import compile_filter, facts_of
 from memos.records.fulltext import FullText
@@ -65,6 +65,15 @@ def content_digest(
     kind: str, text: str, content: str | None, metadata: str, parent: int | None
 ) -> bytes:
     return digest(kind, text, content or "", metadata, "" if parent is None else str(parent))
+
+
+def is_whole(row: Any) -> bool:
+    """Whether what a row of ``cubes`` says is what was stored: bits on disks rot."""
+    parts = (row.kind, row.text, row.content or "", row.metadata)
+    if not all(isinstance(part, str) for part in parts):
+        return False
+    digest = content_digest(row.kind, row.text, row.content, row.metadata, row.parent)
+    return bool(digest == row.digest)
 
 
 @dataclass
@@ -363,13 +372,22 @@ class CubeTable:
     def rows(
         self, connection: Connection, seqs: Sequence[int], scope: Scope | None = None
     ) -> Iterator[Row[Any]]:
-        """The rows with these numbers, and parent_id; with a scope, those that may be seen."""
+        """The rows with these numbers, and parent_id; with a scope, those that may be seen.
+
+        Raises StoreError where a row that may be seen is not what was stored.
+        """
         statement = _ROWS if scope is None else _SEEN
         if scope is not None and not scope.is_open:
             statement = statement.where(compile_filter(scope.filters, self.memory))
         named = {"memory": self.memory, "now": 0.0 if scope is None else scope.now}
         for part in chunks(seqs):
-            yield from connection.execute(statement, {**named, "seqs": part})
+            for row in connection.execute(statement, {**named, "seqs": part}):
+                if scope is not None and not is_whole(row):
+                    raise StoreError(
+                        f"memory {self.name!r}: cube {row.id!r} is not what was stored, the file "
+                        "is damaged"
+                    )
+                yield row
 
     def _keep(self, connection: Connection, row: Row[Any]) -> None:
         """Copy a row into the history."""

@@ -8,6 +8,7 @@ and processes. A transaction that was committed survives the death of the proces
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -170,6 +171,8 @@ class Database:
             raise _translated(self.path, error.orig or error) from error
         except sqlite3.Error as error:
             raise _translated(self.path, error) from error
+        except json.JSONDecodeError as error:  # only what is stored is read here
+            raise StoreError(f"{self.path}: damaged, JSON wanted ({error})") from error
         except UnicodeEncodeError as error:  # a lone surrogate
             wrong = error.object[error.start]
             raise ArgumentError(f"text: what UTF-8 can hold wanted, got {wrong!r}") from error
