@@ -401,7 +401,7 @@ class DeclarativeMemory:
             return mine[0] if mine else found[0][0]
         if not found:
             raise NotFoundError(f"relation: no cube {id!r}")
-        names = ", ".join(name for _, name in found)
+        names = ", ".join(sorted(name for _, name in found))
         raise ArgumentError(f"relation: {id!r} names cubes of several memories: {names}")
 
 

@@ -25,7 +25,7 @@ from memos.records.schema import cubes, store
 Array = numpy.ndarray[Any, Any]
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 CONTEXT_WEIGHT = 1.0  # of a word in the metadata; one in the text counts 1
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[\w\u0300-\u036f]+")  # a letter's accents may follow it
 _LISTED = 3000  # allowed rows that SQLite is told of; more are kept or dropped here
 _KEPT = 4096  # document frequencies that are remembered
 
@@ -226,7 +226,9 @@ _COUNT = select(func.count()).select_from(cubes).where(cubes.c.memory == bindpar
 
 def words_of(query: str) -> list[str]:
     """The different words of a text, in lower case."""
-    return list(dict.fromkeys(word.replace("_", " ") for word in _WORD.findall(query.lower())))
+    # One by one, as the tokenizer does: a last sigma and a dotted capital I depend on others.
+    lower = "".join(low if len(low := letter.lower()) == 1 else letter for letter in query)
+    return list(dict.fromkeys(word.replace("_", " ") for word in _WORD.findall(lower)))
 
 
 @lru_cache(maxsize=2048)
