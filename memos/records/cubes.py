@@ -476,10 +476,11 @@ _DELETE_FACTS = (
     "AND seq = ?"
 )
 _LIVES = lives(bindparam("memory"), bindparam("now"))
-_FIND = select(cubes.c.seq).where(cubes.c.id == bindparam("id"), _LIVES)
+_MINE = cubes.c.memory == bindparam("memory")  # the indexes of ids and digests begin with it
+_FIND = select(cubes.c.seq).where(_MINE, cubes.c.id == bindparam("id"), _LIVES)
 _DUPLICATES = (
     select(cubes.c.digest, cubes.c.seq)
-    .where(cubes.c.digest.in_(bindparam("digests", expanding=True)), _LIVES)
+    .where(_MINE, cubes.c.digest.in_(bindparam("digests", expanding=True)), _LIVES)
     .order_by(cubes.c.seq.desc())
 )
 _EXPIRED = select(cubes.c.seq).where(
