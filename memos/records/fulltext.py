@@ -109,7 +109,9 @@ class FullText:
         for word in [] if every_word else [word for word in words if word not in chosen]:
             if len(seqs) >= limit:
                 break
-            more, theirs = self._newest(connection, word, limit, allowed)
+            # Where there is nothing better, the best of many; else just the newest.
+            scan = limit if len(seqs) and allowed is None else self.scan_rows
+            more, theirs = self._newest(connection, word, scan, allowed)
             fresh = ~numpy.isin(more, seqs)
             seqs = numpy.concatenate([seqs, more[fresh]])
             ranks = numpy.concatenate([ranks, theirs[fresh]])
@@ -134,7 +136,7 @@ class FullText:
     ) -> tuple[Array, Array]:
         """The newest cubes with a word that is too common to rank by."""
         return self._rows_of(
-            connection, f'"{word}"', " ORDER BY rowid DESC LIMIT ?", self.scan_rows, allowed
+            connection, f'"{word}"', " ORDER BY rowid DESC LIMIT ?", limit, allowed
         )
 
     def _rows_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -102,6 +103,18 @@ def neighbours_of(
 
     Cost: 2 * reach index lookups for each cube, in one statement for 500 of them.
     """
+    statement = _neighbours(reach)
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for part in chunks(seqs):
+        for row in connection.execute(statement, {"seqs": part, "now": scope.now}):
+            before = [int(seq) for seq in row[1 : 1 + reach] if seq is not None]
+            after = [int(seq) for seq in row[1 + reach :] if seq is not None]
+            found[int(row[0])] = (before, after)
+    return found
+
+
+@functools.lru_cache(maxsize=16)
+def _neighbours(reach: int) -> Any:
     near = cubes.alias("near")
     columns = []
     for back in (True, False):
@@ -114,20 +127,13 @@ def neighbours_of(
                     other.c.thread == near.c.thread,
                     other.c.seq < near.c.seq if back else other.c.seq > near.c.seq,
                     other.c.state != DELETED,
-                    or_(other.c.expires_at.is_(None), other.c.expires_at > scope.now),
+                    or_(other.c.expires_at.is_(None), other.c.expires_at > bindparam("now")),
                 )
                 .order_by(other.c.seq.desc() if back else other.c.seq)
                 .limit(1)
                 .offset(i)
                 .scalar_subquery()
             )
-    found: dict[int, tuple[list[int], list[int]]] = {}
-    for part in chunks(seqs):
-        statement = select(near.c.seq, *columns).where(
-            near.c.seq.in_(part), near.c.thread.is_not(None)
-        )
-        for row in connection.execute(statement):
-            before = [int(seq) for seq in row[1 : 1 + reach] if seq is not None]
-            after = [int(seq) for seq in row[1 + reach :] if seq is not None]
-            found[int(row[0])] = (before, after)
-    return found
+    return select(near.c.seq, *columns).where(
+        near.c.seq.in_(bindparam("seqs", expanding=True)), near.c.thread.is_not(None)
+    )
