@@ -134,6 +134,9 @@ class ListSource:
         self.loads += len(seqs)
         return {seq: self.rows[seq] for seq in seqs if self._sees(seq, scope)}
 
+    def visible(self, seqs: Sequence[int], scope: Any) -> list[int]:
+        return [seq for seq in seqs if self._sees(seq, scope)]
+
     def neighbours(self, seqs: Sequence[int], scope: Any) -> dict[int, tuple[list[int], list[int]]]:
         chains: dict[Any, list[int]] = {}
         for seq in sorted(self.rows):

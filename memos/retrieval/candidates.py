@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -58,7 +58,9 @@ class Candidates:
 
     def add(self, seqs: Array) -> Array:
         """Add units that are not here yet, with nan for every signal; returns the new ones."""
-        new = numpy.setdiff1d(seqs, self.seqs)
+        new = numpy.sort(seqs[self.places(seqs) < 0])
+        if len(new) > 1:
+            new = new[numpy.append(True, new[1:] != new[:-1])]
         if len(new):
             order = numpy.argsort(numpy.concatenate([self.seqs, new]), kind="stable")
             empty = numpy.full(len(new), numpy.nan)
@@ -107,8 +109,7 @@ class Candidates:
         return numpy.argsort(-self.score, kind="stable")[:limit]
 
 
-@dataclass(frozen=True)
-class Signal:
+class Signal(NamedTuple):
     """What one signal added to the score of one unit."""
 
     name: str
@@ -120,8 +121,7 @@ class Signal:
         return self.value * self.weight
 
 
-@dataclass(frozen=True)
-class StageTrace:
+class StageTrace(NamedTuple):
     """What a stage did to one source's candidates; for one unit with its ``signals``.
 
     Args:

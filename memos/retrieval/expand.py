@@ -70,10 +70,14 @@ class Expand:
         return candidates
 
     def _fetch(self, candidates: Candidates, seqs: Array) -> None:
-        wanted = numpy.setdiff1d(seqs[seqs >= 0], candidates.seqs)
-        if not len(wanted):
+        wanted = numpy.unique(seqs[(seqs >= 0) & (candidates.places(seqs) < 0)]).tolist()
+        if not wanted:
             return
-        visible = candidates.source.load(wanted.tolist(), candidates.scope).keys()
+        source, scope = candidates.source, candidates.scope
+        if hasattr(source, "visible"):
+            visible = source.visible(wanted, scope)
+        else:
+            visible = source.load(wanted, scope).keys()
         new = candidates.add(numpy.array(sorted(visible), numpy.int64))
         places = candidates.places(new)
         shares = {"text": text_of(candidates, new)}

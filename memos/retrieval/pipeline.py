@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 import weakref
@@ -169,11 +168,10 @@ def _results(candidates: Candidates, limit: int | None) -> list[Candidate]:
     found = []
     for i, place in enumerate(best.tolist()):
         trace = tuple(
-            dataclasses.replace(
-                stage,
+            stage._replace(
                 signals=tuple(
                     Signal(name, values[name][i], candidates.weights[name]) for name in stage.names
-                ),
+                )
             )
             for stage in candidates.stages
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy
@@ -73,6 +73,9 @@ class Source(Protocol):
 
     def load(self, seqs: Sequence[int], scope: Scope) -> Mapping[int, Unit]:
         """The units that may be seen."""
+
+    def visible(self, seqs: Sequence[int], scope: Scope) -> Collection[int]:
+        """Those of these units that may be seen. A query asks this of a few hundred."""
 
     def neighbours(
         self, seqs: Sequence[int], scope: Scope
