@@ -12,7 +12,14 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 np = pytest.importorskip("numpy")
 
@@ -66,7 +73,8 @@ def graphed(n: int = 2000, dim: int = 32, **options: Any) -> tuple[VectorIndex, 
     """An index that searches by its graph, of keys 0, 10, 20, ... and their vectors."""
     pytest.importorskip("hnswlib")
     x = clustered(n, dim)
-    index = VectorIndex(dim, hnsw_from=500, background=False, ef_search=64, fetch_cost=1, **options)
+    forced = {"hnsw_from": 500, "background": False, "ef_search": 64, "fetch_cost": 1}
+    index = VectorIndex(dim, **{**forced, **options})
     index.add(np.arange(n) * 10, x)
     index.build(num_threads=1)
     assert index.plan(10).path == "hnsw", index.plan(10)
@@ -104,7 +112,12 @@ class Histories(RuleBasedStateMachine):
         )
         self.model: dict[int, Any] = {}
 
-    @rule(data=st.data(), size=st.integers(0, 12))
+    @initialize(data=st.data(), size=st.integers(0, 25))
+    def begin(self, data: st.DataObject, size: int) -> None:
+        self.add(data, size)
+        self.build()
+
+    @rule(data=st.data(), size=st.integers(0, 4))
     def add(self, data: st.DataObject, size: int) -> None:
         keys = data.draw(st.lists(self.key, min_size=size, max_size=size))
         vector = st.lists(self.number, min_size=3, max_size=3)
@@ -115,25 +128,27 @@ class Histories(RuleBasedStateMachine):
         for key, v in zip(keys, vectors, strict=True):
             self.model[key] = as_stored(self.metric, self.dtype, v)
 
-    @rule(keys=st.lists(key, max_size=6))
+    @rule(keys=st.lists(key, max_size=3))
     def remove(self, keys: list[int]) -> None:
         assert self.index.remove(keys) == len(self.model.keys() & set(keys))
         for key in keys:
             self.model.pop(key, None)
 
-    @rule(query=st.lists(number, min_size=3, max_size=3), k=st.integers(1, 9), data=st.data())
-    def search(self, query: list[int], k: int, data: st.DataObject) -> None:
+    @rule(query=st.lists(number, min_size=3, max_size=3), data=st.data())
+    def search(self, query: list[int], data: st.DataObject) -> None:
         if self.metric == "cosine" and not any(query):
             with pytest.raises(ArgumentError, match="query: a zero vector"):
-                self.index.search(query, k)
+                self.index.search(query, 1)
             return
         allowed = data.draw(st.none() | st.sets(self.key).map(sorted))
-        keys, scores = self.index.search(query, k, allowed)
-        want, want_scores = brute_force(self.metric, self.model, query, k, allowed)
-        assert keys.tolist() == want
-        assert keys.dtype == np.int64
-        assert scores.dtype == np.float32
-        np.testing.assert_array_equal(scores, want_scores)
+        for only in (None, allowed):
+            for k in (1, 2, 5, 30):
+                keys, scores = self.index.search(query, k, only)
+                want, want_scores = brute_force(self.metric, self.model, query, k, only)
+                assert keys.tolist() == want
+                assert keys.dtype == np.int64
+                assert scores.dtype == np.float32
+                np.testing.assert_array_equal(scores, want_scores)
 
     @rule()
     def build(self) -> None:
@@ -163,17 +178,15 @@ class Histories(RuleBasedStateMachine):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
 def test_histories(metric: str, dtype: str, hnsw_from: int) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
-
     run_state_machine_as_test(
         lambda: Histories(metric, dtype, hnsw_from),
-        settings=settings(max_examples=40, stateful_step_count=25),
+        settings=settings(max_examples=25, stateful_step_count=20),
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", METRICS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_larger_collections_in_many_chunks(metric: str, dtype: str, data: st.DataObject) -> None:
     """Chunks of few rows, blocks of fewer: every seam between them is crossed."""
@@ -296,6 +309,20 @@ def test_what_is_written_after_the_build_is_found_at_once() -> None:
             assert 1000 + 10 * i not in index.search(x[100 + i], 20)[0]
         index.build(num_threads=1)
         assert index.plan(10).tail == 0
+
+
+def test_the_dead_do_not_fill_the_list_of_the_graph() -> None:
+    index, x = graphed()
+    query = clustered(1, 32, seed=5)[0]
+    index.remove(np.argsort(-(x @ query))[:150] * 10)
+    assert index.search_with_plan(query, 10)[2].path == "hnsw"
+    index = VectorIndex(32, hnsw_from=500, background=False, fetch_cost=1)
+    index.add(np.arange(2000), x)
+    while index._next is None or index._next.covered < 2000:
+        assert index._step(1)
+    index.remove(np.argsort(-(x @ query))[:150])  # they are in a graph that nobody sees yet
+    index.build(num_threads=1)
+    assert index.search_with_plan(query, 10)[2].path == "hnsw"
 
 
 def test_a_worn_graph_serves_until_another_is_ready() -> None:
@@ -612,6 +639,10 @@ def test_the_plan_says_why() -> None:
     assert index.plan(10, []).reason == "nothing is allowed"
     assert "5 of 2000 vectors allowed cost 5 to scan" in index.plan(10, np.arange(5)).reason
     assert index.memory_bytes() > 2000 * 32 * 4 * 2
+    index, _ = graphed(fetch_cost=0)
+    plan = index.plan(10, np.arange(0, 20_000, 100))
+    assert (plan.path, plan.allowed) == ("exact", 200)
+    assert plan.reason.endswith("10 of them may reach to rank 195")
 
 
 @pytest.mark.parametrize(

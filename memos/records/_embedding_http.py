@@ -40,7 +40,7 @@ class OpenAIEmbedder:
         api_key:    default: the environment's OPENAI_API_KEY; without any none is sent. It is in
             no repr, error or identity.
         dim:        what the vectors must have; None: as the first answer.
-        timeout_s:  of one request.
+        timeout_s:  the longest silence in a request.
         batch_size: texts of one request.
         retries:    how often a request is made again after 408, 429, 5xx, a broken connection or
             a timeout.

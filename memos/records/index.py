@@ -89,9 +89,10 @@ class VectorIndex:
     Args:
         dim:        numbers of a vector.
         metric:     "cosine", "dot", or "l2" (the score is minus the squared distance).
-        dtype:      "float32", or "float16": half the bytes, scores of the rounded vectors.
+        dtype:      "float32", or "float16": half the bytes of a vector, scores of the rounded
+            numbers; a graph keeps float32.
         hnsw:       False: no graph, every search is exact.
-        hnsw_from:  vectors from which a graph is built; below it a scan takes 3 ms at dim 384.
+        hnsw_from:  vectors from which a graph is built; a scan of so many takes 3 ms at dim 384.
         M:          links of a node of the graph.
         ef_construction: candidates while a node is linked.
         ef_search:  candidates of a search at least.
@@ -102,7 +103,7 @@ class VectorIndex:
     Raises:
         ArgumentError: an argument is out of contract.
 
-    Cost: dim * 4 (or 2) bytes a vector and 20 for keys; with a graph dim * 4 + 140 more.
+    Cost: dim * 4 (or 2) + 28 bytes a vector; with a graph dim * 4 + 150 more.
 
     Source: Y. A. Malkov, D. A. Yashunin: Efficient and robust approximate nearest neighbor search
     using Hierarchical Navigable Small World graphs, arXiv:1603.09320.
