@@ -429,7 +429,7 @@ def test_two_memories_of_one_store_do_not_meet(graphs: Graphs) -> None:
 # What needs no server.
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(st.data())
 def test_long_histories_in_sqlite(data: Any) -> None:
     graphs = Graphs("sqlite", None)

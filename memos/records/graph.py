@@ -7,6 +7,7 @@ what may not be seen is not there, neither as an end nor on the way.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,18 +24,20 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     exists,
     func,
     or_,
     select,
+    true,
 )
 
 from memos.cube.identity import canonical
 from memos.records.cubes import CubeTable, New, content_digest
-from memos.records.filters import facts_of
+from memos.records.filters import compile_filter, facts_of
 from memos.records.links import chunks
 from memos.records.schema import Number, cubes, relations
-from memos.records.scope import DELETED, Scope
+from memos.records.scope import DELETED, Scope, lives
 
 NODE, RELATIONSHIP = "node", "relationship"
 DIRECTIONS = ("out", "in", "both")
@@ -179,24 +182,22 @@ class SqliteGraph:
         self, connection: Connection, seqs: Sequence[int], scope: Scope
     ) -> dict[int, dict[str, Any]]:
         """Contents of the nodes that may be seen."""
-        statement = select(cubes.c.seq, cubes.c.content).where(
-            cubes.c.kind == NODE, scope.clause(self.memory)
-        )
+        statement = _filtered(_CONTENTS, scope, self.memory)
+        named = {"memory": self.memory, "now": scope.now}
         return {
             int(row[0]): json.loads(row[1])
             for part in chunks(seqs)
-            for row in connection.execute(statement.where(cubes.c.seq.in_(part)))
+            for row in connection.execute(statement, {**named, "seqs": part})
         }
 
     def ends(self, connection: Connection, ids: Iterable[str], scope: Scope) -> dict[str, Any]:
         """id -> (number, content) of the nodes with these ids that may be seen."""
-        statement = select(cubes.c.id, cubes.c.seq, cubes.c.content).where(
-            cubes.c.kind == NODE, scope.clause(self.memory)
-        )
+        statement = _filtered(_ENDS, scope, self.memory)
+        named = {"memory": self.memory, "now": scope.now}
         return {
             row[0]: (int(row[1]), json.loads(row[2]))
             for part in chunks(list(ids))
-            for row in connection.execute(statement.where(cubes.c.id.in_(part)))
+            for row in connection.execute(statement, {**named, "ids": part})
         }
 
     def edges(
@@ -222,16 +223,12 @@ class SqliteGraph:
         for name in ("out", "in"):
             if direction not in (name, "both"):
                 continue
-            near, far = relations.c.source, relations.c.target
-            if name == "in":
-                near, far = far, near
-            statement = self._edges(scope, relations.c.cube, far)
-            statement = statement.where(relations.c.cube > after)
+            statement = self._statement(scope, _edges_at, name, types is not None)
+            named = {"after": after, "limit": limit, **self._named(scope)}
             if types is not None:
-                statement = statement.where(relations.c.type.in_(list(types)))
-            statement = statement.order_by(relations.c.cube).limit(limit)
+                named["types"] = list(types)
             for part in chunks(seqs):
-                for row in connection.execute(statement.where(near.in_(part))):
+                for row in connection.execute(statement, {**named, "seqs": part}):
                     found[row[0]] = Edge(*row)
         return [found[cube] for cube in sorted(found)[:limit]]
 
@@ -239,19 +236,22 @@ class SqliteGraph:
         self, connection: Connection, numbers: Sequence[int], scope: Scope
     ) -> list[Edge]:
         """The relationships with these numbers that may be seen with both ends."""
-        statement = self._edges(scope, relations.c.cube, relations.c.source, relations.c.target)
+        statement = self._statement(scope, _edges_numbered)
+        named = self._named(scope)
         found = [
             Edge(*row)
             for part in chunks(numbers)
-            for row in connection.execute(statement.where(relations.c.cube.in_(part)))
+            for row in connection.execute(statement, {**named, "cubes": part})
         ]
         return sorted(found)
 
     def touching(self, connection: Connection, seq: int) -> list[int]:
         """Numbers of the relationships at a node, seen or not."""
         at = or_(relations.c.source == seq, relations.c.target == seq)
-        mine = self._mine(relations.c.cube, cubes.c.state != DELETED)
-        rows = connection.execute(select(relations.c.cube).where(at, mine).distinct())
+        mine = select(cubes.c.seq).where(
+            cubes.c.seq == relations.c.cube, cubes.c.memory == self.memory, cubes.c.state != DELETED
+        )
+        rows = connection.execute(select(relations.c.cube).where(at, mine.exists()).distinct())
         return sorted(int(row[0]) for row in rows)
 
     def stored(self, connection: Connection, seqs: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -378,43 +378,21 @@ class SqliteGraph:
             for fact in sorted(facts_of({key: value}))
         ]
         facts += [("", _LABEL, 0, label) for label in wanted.labels]
-        first, *others = facts or [("", _ANY, 0, "")]
-        statement = select(graph_facts.c.seq).where(
-            self._fact(graph_facts, first), graph_facts.c.seq > after
-        )
-        for fact in others:
-            more = graph_facts.alias()
-            statement = statement.where(
-                exists().where(self._fact(more, fact), more.c.seq == graph_facts.c.seq)
-            )
-        visible = self._visible(graph_facts.c.seq, scope)
-        statement = statement.where(visible).order_by(graph_facts.c.seq).limit(size)
-        return [int(row[0]) for row in connection.execute(statement)]
+        facts = facts or [("", _ANY, 0, "")]
+        statement = self._statement(scope, _candidates, len(facts))
+        named = {"after": after, "limit": size, **self._named(scope)}
+        for i, (key, kind, number, string) in enumerate(facts):
+            named |= {f"key{i}": key, f"type{i}": kind, f"number{i}": number, f"string{i}": string}
+        return [int(row[0]) for row in connection.execute(statement, named)]
 
-    def _fact(self, table: Any, fact: tuple[str, int, int | float, str]) -> ColumnElement[bool]:
-        key, kind, number, string = fact
-        return and_(
-            table.c.memory == self.memory,
-            table.c.key == key,
-            table.c.type == kind,
-            table.c.number == number,
-            table.c.string == string,
-        )
+    def _statement(self, scope: Scope, build: Callable[..., Select[Any]], *given: Any) -> Any:
+        """Built once where there are no filters."""
+        if scope.is_open:
+            return _open(build, *given)
+        return build(compile_filter(scope.filters, self.memory), *given)
 
-    def _edges(self, scope: Scope, *seen: ColumnElement[Any]) -> Select[Any]:
-        edge = relations.c
-        return select(edge.cube, edge.source, edge.type, edge.target, edge.weight).where(
-            edge.cube.is_not(None), *(self._visible(column, scope) for column in seen)
-        )
-
-    def _visible(self, column: ColumnElement[Any], scope: Scope) -> ColumnElement[bool]:
-        return self._mine(column, scope.clause(self.memory))
-
-    def _mine(self, column: ColumnElement[Any], clause: ColumnElement[bool]) -> ColumnElement[bool]:
-        same = select(cubes.c.seq).where(
-            cubes.c.seq == column, cubes.c.memory == self.memory, clause
-        )
-        return same.exists()
+    def _named(self, scope: Scope) -> dict[str, Any]:
+        return {"memory": self.memory, "now": scope.now}
 
 
 def prepare(connection: Connection) -> None:
@@ -431,6 +409,78 @@ def count(connection: Connection, table: Table, memory: int) -> int:
 def _facts(content: Mapping[str, Any]) -> set[tuple[str, int, int | float, str]]:
     labels = {("", _LABEL, 0, label) for label in labels_of(content)}
     return {("", _ANY, 0, ""), *labels, *facts_of(content["properties"])}
+
+
+# Statements. Named values: memory and now; seqs, ids, types, after and limit where they say so.
+
+_LIVES = lives(bindparam("memory"), bindparam("now"))
+_CONTENTS = select(cubes.c.seq, cubes.c.content).where(
+    cubes.c.seq.in_(bindparam("seqs", expanding=True)), cubes.c.kind == NODE, _LIVES
+)
+_ENDS = select(cubes.c.id, cubes.c.seq, cubes.c.content).where(
+    cubes.c.memory == bindparam("memory"),
+    cubes.c.id.in_(bindparam("ids", expanding=True)),
+    cubes.c.kind == NODE,
+    _LIVES,
+)
+
+
+def _filtered(statement: Select[Any], scope: Scope, memory: int) -> Select[Any]:
+    return statement if scope.is_open else statement.where(compile_filter(scope.filters, memory))
+
+
+@functools.lru_cache(maxsize=64)
+def _open(build: Callable[..., Select[Any]], *given: Any) -> Select[Any]:
+    return build(true(), *given)
+
+
+def _visible(column: ColumnElement[Any], filters: ColumnElement[bool]) -> ColumnElement[bool]:
+    return select(cubes.c.seq).where(cubes.c.seq == column, _LIVES, filters).exists()
+
+
+def _edges(filters: ColumnElement[bool], *seen: ColumnElement[Any]) -> Select[Any]:
+    edge = relations.c
+    return select(edge.cube, edge.source, edge.type, edge.target, edge.weight).where(
+        edge.cube.is_not(None), *(_visible(column, filters) for column in seen)
+    )
+
+
+def _edges_at(filters: ColumnElement[bool], direction: str, is_typed: bool) -> Select[Any]:
+    near, far = relations.c.source, relations.c.target
+    if direction == "in":
+        near, far = far, near
+    statement = _edges(filters, relations.c.cube, far).where(
+        near.in_(bindparam("seqs", expanding=True)), relations.c.cube > bindparam("after")
+    )
+    if is_typed:
+        statement = statement.where(relations.c.type.in_(bindparam("types", expanding=True)))
+    return statement.order_by(relations.c.cube).limit(bindparam("limit"))
+
+
+def _edges_numbered(filters: ColumnElement[bool]) -> Select[Any]:
+    edge = relations.c
+    statement = _edges(filters, edge.cube, edge.source, edge.target)
+    return statement.where(edge.cube.in_(bindparam("cubes", expanding=True)))
+
+
+def _candidates(filters: ColumnElement[bool], facts: int) -> Select[Any]:
+    """Nodes with so many facts."""
+    statement = select(graph_facts.c.seq).where(
+        _fact(graph_facts, 0), graph_facts.c.seq > bindparam("after")
+    )
+    for i in range(1, facts):
+        more = graph_facts.alias()
+        same = more.c.seq == graph_facts.c.seq
+        statement = statement.where(exists().where(_fact(more, i), same))
+    statement = statement.where(_visible(graph_facts.c.seq, filters))
+    return statement.order_by(graph_facts.c.seq).limit(bindparam("limit"))
+
+
+def _fact(table: Any, i: int) -> ColumnElement[bool]:
+    return and_(
+        table.c.memory == bindparam("memory"),
+        *(table.c[name] == bindparam(f"{name}{i}") for name in ("key", "type", "number", "string")),
+    )
 
 
 def _holds(have: Any, wanted: Any) -> bool:

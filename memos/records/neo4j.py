@@ -225,6 +225,9 @@ class ServerGraph:
 
     def put_nodes(self, nodes: Mapping[int, tuple[str, Sequence[str], Mapping[str, Any]]]) -> None:
         """Make nodes what they are now: number -> (id, labels, properties)."""
+        for _, labels, _ in nodes.values():
+            for label in labels:
+                _quoted(label)  # before anything is written
         keys = [self._key(seq) for seq in nodes]
         there = {
             row["key"]: (set(row["own"] or ()), set(row["labels"]))
