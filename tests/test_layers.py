@@ -18,6 +18,7 @@ LAYERS = {
     "surfaces": [
         "memos.__main__",
         "memos.cli",
+        "memos.commands",
         "memos.doctor",
         "memos.server",
         "memos.integrations",
