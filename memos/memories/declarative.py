@@ -139,7 +139,7 @@ class DeclarativeMemory:
         scope = self.scope()
         with self.records.database.read() as connection:
             seq = self.table.seq(connection, memory_id, scope)
-            return self.table.load(connection, [seq], scope)[seq]
+            return self.table.one(connection, seq, scope)
 
     def update(
         self,
@@ -165,14 +165,14 @@ class DeclarativeMemory:
         change.expires_at = _expiry(ttl_s, now)
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, scope)
-            old = self.table.load(connection, [seq], scope)[seq]
+            old = self.table.one(connection, seq, scope)
             if metadata is not None:
                 change.metadata = {**old.metadata, **_metadata(metadata)}
             if content is not None:
                 self._change(connection, old, content, change)
             self.table.update(connection, seq, change, now)
             self._after_update(connection, seq, old, change)
-            return self.table.load(connection, [seq], scope)[seq]
+            return self.table.one(connection, seq, scope)
 
     def delete(self, memory_id: str, *, author: str | None = None) -> None:
         """State DELETED: no query finds it any more, its history stays. Raises NotFoundError."""

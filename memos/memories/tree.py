@@ -234,7 +234,7 @@ class TreeTextMemory(DeclarativeMemory):
             change.author = author
             self.table.update(connection, seq, change, now)
             self._hand_down(connection, seq)
-            return self.table.load(connection, [seq], scope)[seq]
+            return self.table.one(connection, seq, scope)
 
     # Documents.
 
@@ -497,7 +497,7 @@ class TreeTextMemory(DeclarativeMemory):
                 return None
             if self.on_duplicate == "error":
                 raise ArgumentError(f"memory {self.name!r}: the document is there already")
-            return self.table.load(connection, [again], scope)[again]
+            return self.table.one(connection, again, scope)
 
 
 def _earlier(one: float | None, other: float | None) -> float | None:

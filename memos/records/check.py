@@ -49,8 +49,9 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        where = f"memory {self.memory!r}, " if self.memory else ""
-        return f"{where}{self.what} of cube {self.id!r} ({self.seq}): {self.text}"
+        if not self.seq:
+            return f"{self.what}: {self.text}"
+        return f"memory {self.memory!r}, {self.what} of cube {self.id!r}: {self.text}"
 
 
 def check(records: Records, progress: Callable[[str], object] | None = None) -> list[Problem]:
@@ -74,7 +75,11 @@ def check(records: Records, progress: Callable[[str], object] | None = None) -> 
         problems: list[Problem] = []
         for name, part in found.parts().items():
             tell(name)
-            problems += part()
+            try:
+                problems += part()
+            except (TypeError, ValueError, KeyError, AttributeError) as error:
+                text = f"its {name} hold values of other types than were stored ({error})"
+                problems.append(Problem("file", "", 0, "", text))
         return problems
 
 

@@ -295,6 +295,13 @@ class CubeTable:
         edges = relations_of(connection, [row.seq for row in rows], scope)
         return {row.seq: self._cube(row, tuple(edges.get(row.seq, ()))) for row in rows}
 
+    def one(self, connection: Connection, seq: int, scope: Scope) -> MemCube:
+        """The cube with this number, which was just found. Raises StoreError."""
+        found = self.load(connection, [seq], scope)
+        if seq not in found:
+            raise StoreError(f"memory {self.name!r}: no cube {seq} behind its id, file damaged")
+        return found[seq]
+
     def recent(
         self,
         connection: Connection,
@@ -425,6 +432,9 @@ class CubeTable:
         return row.text if row.content is None else self.shown(json.loads(row.content))
 
     def _version(self, row: Row[Any], at: float) -> Version:
+        texts = (row.text, row.content or "", row.metadata)
+        if not isinstance(row.digest, bytes) or not all(isinstance(text, str) for text in texts):
+            raise StoreError(f"memory {self.name!r}: a version that is none, the file is damaged")
         return Version(
             number=row.version,
             content=self._content(row),

@@ -65,6 +65,7 @@ class Database:
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection that sees one state of the store."""
+        self._check_process()
         if self.path is None:
             with self.write() as connection:
                 yield connection
@@ -78,6 +79,7 @@ class Database:
 
         A transaction inside one of the same thread is part of it.
         """
+        self._check_process()
         if self.readonly:
             raise StoreError(f"{self.path}: opened read-only, nothing can be changed")
         with self._errors(), self._write_lock:
@@ -120,11 +122,13 @@ class Database:
 
     # Inside.
 
-    def _connect(self) -> sqlite3.Connection:
+    def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise StoreError(
                 f"{self.path}: opened before a fork; open the folder in the child process again"
             )
+
+    def _connect(self) -> sqlite3.Connection:
         if self.path is None:
             name, uri = ":memory:", False
         else:
@@ -171,8 +175,11 @@ class Database:
             raise _translated(self.path, error.orig or error) from error
         except sqlite3.Error as error:
             raise _translated(self.path, error) from error
-        except json.JSONDecodeError as error:  # only what is stored is read here
-            raise StoreError(f"{self.path}: damaged, JSON wanted ({error})") from error
+        except (sqlalchemy.exc.NoResultFound, sqlalchemy.exc.MultipleResultsFound) as error:
+            raise StoreError(f"{self.path}: damaged, one row wanted ({error})") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            # Only what is stored is read here.
+            raise StoreError(f"{self.path}: damaged, other text wanted ({error})") from error
         except UnicodeEncodeError as error:  # a lone surrogate
             wrong = error.object[error.start]
             raise ArgumentError(f"text: what UTF-8 can hold wanted, got {wrong!r}") from error
