@@ -133,7 +133,7 @@ FILTERS = st.recursive(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     st.lists(METADATA, min_size=1, max_size=6, unique_by=repr),
     st.lists(FILTERS, min_size=5, max_size=10),
@@ -150,7 +150,7 @@ def test_filters_mean_what_they_say(many: list[dict[str, Any]], filters: list[An
     memory.records.close()
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(METADATA, METADATA, FILTERS)
 def test_filters_follow_an_update(
     old: dict[str, Any], more: dict[str, Any], one_filter: dict[str, Any]

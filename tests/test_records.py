@@ -392,7 +392,7 @@ class Machine(RuleBasedStateMachine):
             }
 
 
-Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+Machine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
 test_a_dict_says_the_same = Machine.TestCase
 
 
@@ -401,7 +401,7 @@ test_a_dict_says_the_same = Machine.TestCase
 NONSENSE = st.text(st.sampled_from("bcdfgjkqvwxz"), min_size=4, max_size=6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.lists(st.lists(NONSENSE, min_size=1, max_size=5), min_size=1, max_size=20),
     st.lists(NONSENSE, max_size=3),

@@ -382,7 +382,7 @@ class TreeHistory(RuleBasedStateMachine):
         assert {cube.id for cube in self.tree.cubes(limit=None)} == self.text.keys()
 
 
-TreeHistory.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+TreeHistory.TestCase.settings = settings(max_examples=12, stateful_step_count=30, deadline=None)
 test_a_plain_tree_says_the_same = TreeHistory.TestCase
 
 
