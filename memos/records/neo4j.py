@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -59,6 +60,7 @@ class Server:
                 "storage_backend='neo4j' wants the package neo4j: pip install 'memos-native[neo4j]'"
             )
         self._driver: Any = None
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Server({self.uri!r}, database={self.database!r})"
@@ -72,22 +74,25 @@ class Server:
         """Open the pool and ask the server for its name. Raises StoreError, BackendError."""
         import neo4j
 
-        if self._driver is None:
-            self._driver = self._guarded(
-                lambda: neo4j.GraphDatabase.driver(
-                    self.uri,
-                    auth=self._auth,
-                    connection_timeout=_CONNECT_S,
-                    connection_acquisition_timeout=2 * _CONNECT_S,
-                    max_transaction_retry_time=0,
-                    notifications_min_severity="OFF",
+        with self._lock:
+            if self._driver is None:
+                self._driver = self._guarded(
+                    lambda: neo4j.GraphDatabase.driver(
+                        self.uri,
+                        auth=self._auth,
+                        connection_timeout=_CONNECT_S,
+                        connection_acquisition_timeout=2 * _CONNECT_S,
+                        max_transaction_retry_time=0,
+                        notifications_min_severity="OFF",
+                    )
                 )
-            )
-        self._guarded(self._driver.verify_connectivity)
+            driver = self._driver
+        self._guarded(driver.verify_connectivity)
 
     def close(self) -> None:
         """Close the pool; ``connect`` opens it again."""
-        driver, self._driver = self._driver, None
+        with self._lock:
+            driver, self._driver = self._driver, None
         if driver is not None:
             driver.close()
 
@@ -100,11 +105,13 @@ class Server:
         return self._run(statement, parameters, "r")
 
     def _run(self, statement: str, parameters: dict[str, Any], routing: str) -> list[Any]:
-        if self._driver is None:
+        driver = self._driver
+        if driver is None:
             self.connect()
+            driver = self._driver
 
         def run() -> list[Any]:
-            found = self._driver.execute_query(
+            found = driver.execute_query(
                 statement, parameters, database_=self.database, routing_=routing
             )
             return list(found.records)
