@@ -144,6 +144,7 @@ def select_for(reading: int, seconds: float, texts: list[bytes]) -> None:
             texts.append(os.read(reading, 65536))
 
 
+@pytest.mark.slow
 def test_killed_writers_lose_nothing_they_were_told_is_stored(tmp_path: Path) -> None:
     command = [sys.executable, __file__, "kill", str(tmp_path), "42"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
