@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memos.records.store import Records
     from memos.records.vectors import VectorSearch
 
+GIVEN = "vectors given by the application"  # their maker, where there is no embedder
 Encoded = tuple[bytes | None, bytes | None]
 _KEPT = 256
 # Of this process: one query asks several memories.
@@ -78,8 +79,11 @@ class Embedded:
         if embedder is None or not texts:
             return [(None, None)] * len(texts)
         assert self._records is not None
+        for text in texts:
+            _check(text)
         cache = self._records.embedding_cache
-        identity = f"memos embedding\0{embedder.identity}\0{self.dtype}"
+        # With dim: two functions may have one name, and what is kept must fit.
+        identity = f"memos embedding\0{embedder.identity}\0{embedder.dim}\0{self.dtype}"
         digests = [digest(identity, text) for text in texts]
         known = cache.get_many(list(dict.fromkeys(digests)))
         missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in known}
@@ -117,6 +121,13 @@ class Embedded:
         if self.search_or_none() is None or self.embedder is None:
             return None, None
         embedder = self.embedder
+        assert self._records is not None
+        maker, _ = self._records.embedder_of(self._memory)
+        if maker not in (embedder.identity, GIVEN):
+            if self._wish == "auto":  # the local model did not make these vectors
+                return None, None
+            self.opened(embedder.dim, embedder.identity)
+        _check(text)
         key = (embedder.identity, text)
         with _queries_lock:
             if key in _queries:
@@ -172,3 +183,12 @@ class Embedded:
                 f"not by {identity} ({dim}); pass that embedder, or make a new memory"
             )
         return search
+
+
+def _check(text: str) -> None:
+    """Raises ArgumentError for a text that cannot be stored, before a tokenizer chokes on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = text[error.start]
+        raise ArgumentError(f"text: what UTF-8 can hold wanted, got {wrong!r}") from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memos.cube import Hit, MemCube
 from memos.errors import ArgumentError
 from memos.memories.declarative import DeclarativeMemory
-from memos.memories.embedded import Embedded
+from memos.memories.embedded import GIVEN, Embedded
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from memos.records.scope import Scope
     from memos.records.store import Records
 
-_GIVEN = "vectors given by the application"
 METRICS = ("cosine", "dot", "l2")
 
 
@@ -144,7 +143,7 @@ class VectorMemory(DeclarativeMemory):
     def _stored(self, content: Any) -> bytes:
         vector = _shown(content)["vector"]
         embedder = self.embedded.embedder
-        identity = _GIVEN if embedder is None else embedder.identity
+        identity = GIVEN if embedder is None else embedder.identity
         return self.embedded.opened(len(vector), identity).encode(vector[None])[0]
 
     def _vector(self, what: str, value: Any) -> Any:
