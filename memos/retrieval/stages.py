@@ -105,7 +105,8 @@ def text_of(candidates: Candidates, seqs: Array) -> Array:
     known, ranks = candidates.text_scores
     at = numpy.minimum(numpy.searchsorted(known, seqs), len(known) - 1)
     coverage = candidates.shared.coverage
-    share = coverage.get(candidates.source.name, 1.0) / (max(coverage.values(), default=1.0) or 1.0)
+    best = max(coverage.values(), default=0.0)  # 0: no text has a word of the query as it stands
+    share = coverage.get(candidates.source.name, 1.0) / best if best else 1.0
     return numpy.where(known[at] == seqs, ranks[at] * share / max(ranks.max(), 1e-12), 0.0)
 
 
