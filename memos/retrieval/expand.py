@@ -35,7 +35,7 @@ class Expand:
         types: weight of each type of relation; one that is not named weighs 1.
     """
 
-    seeds: int = 100
+    seeds: int = 50
     previous: float = 0.15
     next: float = 0.15
     answer: float = 0.35

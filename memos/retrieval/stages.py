@@ -27,7 +27,7 @@ class TextSearch:
         scored: units whose BM25 is kept, for those that come in by another path.
     """
 
-    limit: int = 200
+    limit: int = 100
     scored: int = 1000
     name: str = "text"
 
@@ -50,7 +50,7 @@ class VectorSearch:
         limit: candidates from this path.
     """
 
-    limit: int = 200
+    limit: int = 100
     name: str = "vector"
 
     def __call__(self, query: Query, candidates: Candidates) -> Candidates:
