@@ -79,6 +79,8 @@ class Expand:
         else:
             visible = source.load(wanted, scope).keys()
         new = candidates.add(numpy.array(sorted(visible), numpy.int64))
+        if not len(new):
+            return
         places = candidates.places(new)
         shares = {"text": text_of(candidates, new)}
         if candidates.vector is not None:
