@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from memos.cube import Hit, MemCube, Version
 from memos.errors import ArgumentError, NotFoundError
 from memos.memories.declarative import DeclarativeMemory
+from memos.memories.tree import TreeTextMemory
 
 if TYPE_CHECKING:
     from memos.records.store import Records
@@ -292,8 +293,11 @@ class MOS:
         else:
             chosen.expire()
             hits = chosen.lookup(query, limit, chosen.scope(filters))
-        wanted = (include_ancestors, include_siblings, include_descendants)
-        return [self._with_relatives(hit, *wanted) for hit in hits] if any(wanted) else hits
+        if include_ancestors or include_siblings or include_descendants:
+            return self._with_relatives(
+                hits, include_ancestors, include_siblings, include_descendants
+            )
+        return hits
 
     def context(
         self,
@@ -379,19 +383,25 @@ class MOS:
             query, sources, limit, Scope({} if filters is None else filters, self._clock())
         )
 
-    def _with_relatives(self, hit: Hit, *wanted: bool) -> Hit:
-        memory = self.memory(hit.memory)
-        names = ("ancestors", "siblings", "descendants")
-        if not hasattr(memory, "relatives"):
-            return hit
-        return Hit.of(
-            hit,
-            **{
-                name: tuple(memory.relatives(hit.id, name))
-                for name, want in zip(names, wanted, strict=True)
-                if want
-            },
-        )
+    def _with_relatives(
+        self, hits: Sequence[Hit], ancestors: bool, siblings: bool, descendants: bool
+    ) -> list[Hit]:
+        """The hits, those of trees with what stands around them."""
+        found = list(hits)
+        for name in {hit.memory for hit in hits}:
+            memory = self.memory(name)
+            if not isinstance(memory, TreeTextMemory):
+                continue
+            places = [i for i, hit in enumerate(found) if hit.memory == name]
+            filled = memory.with_relatives(
+                [found[i] for i in places],
+                ancestors=ancestors,
+                siblings=siblings,
+                descendants=descendants,
+            )
+            for i, hit in zip(places, filled, strict=True):
+                found[i] = hit
+        return found
 
     def _declarative(self, name: str) -> DeclarativeMemory:
         memory = self.memory(name)

@@ -35,8 +35,9 @@ def run(*command: str, cwd: Path) -> str:
 
 
 @pytest.mark.usefixtures("_with_the_model")
-def test_the_ten_lines_print_what_the_readme_says(tmp_path: Path) -> None:
-    code, output = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)[0]
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_lines_print_what_the_readme_says(number: int, tmp_path: Path) -> None:
+    code, output = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)[number]
     assert run(sys.executable, "-c", code, cwd=tmp_path) == output
 
 

@@ -140,6 +140,11 @@ class MemorySource:
                 for row in rows
             }
 
+    def visible(self, seqs: Sequence[int], scope: Scope) -> set[int]:
+        """Which of these units may be seen; cheaper than reading them."""
+        with self._read() as connection:
+            return self._table.visible(connection, [int(seq) for seq in seqs], scope)
+
     def neighbours(
         self, seqs: Sequence[int], scope: Scope, reach: int = 1
     ) -> dict[int, tuple[list[int], list[int]]]:

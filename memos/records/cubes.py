@@ -376,6 +376,17 @@ class CubeTable:
     def _row(self, connection: Connection, seq: int) -> Row[Any]:
         return connection.execute(_BY_SEQ, {"wanted": seq}).one()
 
+    def visible(self, connection: Connection, seqs: Sequence[int], scope: Scope) -> set[int]:
+        """Which of these cubes may be seen."""
+        statement = _VISIBLE
+        if not scope.is_open:
+            statement = statement.where(compile_filter(scope.filters, self.memory))
+        found: set[int] = set()
+        for part in chunks(seqs):
+            named = {"memory": self.memory, "now": scope.now, "seqs": part}
+            found.update(int(row[0]) for row in connection.execute(statement, named))
+        return found
+
     def rows(
         self, connection: Connection, seqs: Sequence[int], scope: Scope | None = None
     ) -> Iterator[Row[Any]]:
@@ -510,4 +521,5 @@ _ROWS = (
     .where(cubes.c.seq.in_(bindparam("seqs", expanding=True)))
 )
 _SEEN = _ROWS.where(_LIVES)
+_VISIBLE = select(cubes.c.seq).where(cubes.c.seq.in_(bindparam("seqs", expanding=True)), _LIVES)
 _BY_SEQ = select(cubes).where(cubes.c.seq == bindparam("wanted"))
