@@ -379,9 +379,10 @@ class MOS:
             for memory in chosen:
                 memory.expire()
         sources = [MemorySource(memory) for memory in chosen]
-        return self.pipeline.run(
-            query, sources, limit, Scope({} if filters is None else filters, self._clock())
-        )
+        with self.records.database.snapshot():
+            return self.pipeline.run(
+                query, sources, limit, Scope({} if filters is None else filters, self._clock())
+            )
 
     def _with_relatives(
         self, hits: Sequence[Hit], ancestors: bool, siblings: bool, descendants: bool

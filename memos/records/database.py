@@ -45,6 +45,7 @@ class Database:
         self._write_lock = threading.RLock()
         self._writer: int | None = None  # the thread in a transaction
         self._afterwards: list[Callable[[], object]] = []
+        self._local = threading.local()  # connection: of the thread's snapshot
         self._pid = os.getpid()
         if sqlite3.sqlite_version_info < (3, 35):
             raise StoreError(f"SQLite 3.35 or newer wanted, got {sqlite3.sqlite_version}")
@@ -66,12 +67,27 @@ class Database:
     def read(self) -> Iterator[Connection]:
         """A connection that sees one state of the store."""
         self._check_process()
+        held: Connection | None = getattr(self._local, "connection", None)
+        if held is not None:
+            yield held
+            return
         if self.path is None:
             with self.write() as connection:
                 yield connection
             return
         with self._errors(), self._engine.connect() as connection, connection.begin():
             yield connection
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Every read of this thread inside sees the same state, through one connection."""
+        with self.read() as connection:
+            outer = getattr(self._local, "connection", None)
+            self._local.connection = connection
+            try:
+                yield
+            finally:
+                self._local.connection = outer
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:

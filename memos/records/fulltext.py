@@ -26,6 +26,7 @@ Array = numpy.ndarray[Any, Any]
 TOKENIZER = "porter unicode61 remove_diacritics 2"
 CONTEXT_WEIGHT = 1.0  # of a word in the metadata; one in the text counts 1
 _WORD = re.compile(r"[\w\u0300-\u036f]+")  # a letter's accents may follow it
+_ENOUGH = 50  # hits by rare words; the newest with a common one add nothing then
 _LISTED = 3000  # allowed rows that SQLite is told of; more are kept or dropped here
 _KEPT = 4096  # document frequencies that are remembered
 
@@ -40,7 +41,7 @@ class FullText:
             gives fewer hits than asked for, the newest cubes with one of the others follow.
     """
 
-    def __init__(self, memory: int, scan_rows: int = 10_000) -> None:
+    def __init__(self, memory: int, scan_rows: int = 4_000) -> None:
         self.memory, self.scan_rows = memory, scan_rows
         self._name, self._words = f"text_{memory:d}", f"words_{memory:d}"
         self._table = table(self._name, column("rowid"), column("text"), column("context"))
@@ -107,7 +108,7 @@ class FullText:
         if chosen:
             seqs, ranks = self._matches(connection, chosen, limit, allowed, every_word)
         for word in [] if every_word else [word for word in words if word not in chosen]:
-            if len(seqs) >= limit:
+            if len(seqs) >= min(limit, _ENOUGH):
                 break
             # Where there is nothing better, the best of many; else just the newest.
             scan = limit if len(seqs) and allowed is None else self.scan_rows
