@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from memos.errors import MemosError
 
 OK, ERROR, USAGE, NOTHING = 0, 1, 2, read.NOTHING
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a process ended by that signal
+
+_LATE = {"add": "text", "tree": "id", "graph": "id", "export-text": "id", "import": "files"}
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 an error, one line on standard error says which; 2 wrong arguments;
@@ -66,13 +69,12 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     # Before Python 3.12.7, argparse gives up an optional argument that follows an option.
-    for name in ("text", "id", "files"):
-        if rest and (rest[0] == "-" or not rest[0].startswith("-")):
-            if name == "files" and hasattr(options, name):
-                options.files += rest
-                rest = []
-            elif getattr(options, name, "") is None:
-                setattr(options, name, rest.pop(0))
+    late = _LATE.get(options.command, "")
+    if rest and (rest[0] == "-" or not rest[0].startswith("-")):
+        if late == "files":
+            options.files, rest = options.files + rest, []
+        elif late and getattr(options, late) is None:
+            setattr(options, late, rest.pop(0))
     here = getattr(options, "parser", parser)
     if rest:
         here.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -194,9 +196,9 @@ def _add(commands: Any) -> None:
     _metadata(made)
     made.add_argument("--id", metavar="ID", help="of the cube (default: a new UUID)")
     made.add_argument("--parent", metavar="ID", help="in a tree memory: the cube above")
-    made.add_argument("--importance", metavar="X", type=float, help="from 0 to 1 (default: 0.5)")
+    made.add_argument("--importance", metavar="X", type=_number, help="from 0 to 1 (default: 0.5)")
     made.add_argument(
-        "--ttl", metavar="SECONDS", type=float, help="forget it after so long (default: never)"
+        "--ttl", metavar="SECONDS", type=_number, help="forget it after so long (default: never)"
     )
     made.add_argument(
         "--thread", metavar="NAME", help="conversation whose cubes follow one another"
@@ -405,4 +407,13 @@ def _count(text: str) -> int:
     return number
 
 
-_count.__name__ = "number from 0"  # what argparse calls it
+def _number(text: str) -> float:
+    """A finite number. Raises ValueError."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+_number.__name__ = "number"  # what argparse calls them
+_count.__name__ = "number from 0"

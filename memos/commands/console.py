@@ -91,7 +91,7 @@ def show(*parts: RenderableType, markup: bool = False) -> None:
     with made.capture() as captured:
         for part in parts:
             made.print(part)
-    sys.stdout.write("".join(line.rstrip(" ") for line in captured.get().splitlines(True)))
+    sys.stdout.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
 
 
 def console(*, stderr: bool = False, markup: bool = False) -> Console:

@@ -54,6 +54,9 @@ def search(options: argparse.Namespace) -> int:
         console.write_json({"query": options.query, "hits": found})
     elif hits:
         console.show(_hits(hits, why))
+        if why is not None and why.hits[0].stages:
+            stages = (f"{s.stage} {s.candidates} ({s.ms:.1f} ms)" for s in why.hits[0].stages)
+            console.show(console.text(f"{hits[0].memory}: " + " -> ".join(stages)))
     else:
         console.complain("nothing found")
     return 0 if hits else NOTHING
@@ -205,10 +208,6 @@ def _hits(hits: Sequence[Hit], why: Explanation | None) -> Table:
                 line = f"{signal.name} {signal.value:.3f} * {signal.weight:.2f} = {signal.adds:.3f}"
                 cell.append(f"\n  {console.safe(line)}", style="dim")
         table.add_row(f"{hit.score:.3f}", console.text(hit.memory), cell)
-    if why is not None and why.hits and why.hits[0].stages:
-        stages = (f"{s.stage} {s.candidates} ({s.ms:.1f} ms)" for s in why.hits[0].stages)
-        table.caption = console.text(f"{why.hits[0].memory}: " + " -> ".join(stages))
-        table.caption_justify = "left"
     return table
 
 

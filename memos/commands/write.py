@@ -11,26 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from memos.commands import console, folder
-from memos.errors import ArgumentError, MemosError, NotFoundError
+from memos.errors import ArgumentError, MemosError
 
 if TYPE_CHECKING:
     from memos.mos import MOS
 
 KINDS = ("text", "tree", "vector", "graph")
 _JSONL = (".jsonl", ".ndjson")
-_BATCH = 1000  # items of one transaction of add_many
 
 
 def add(options: argparse.Namespace) -> int:
     """One cube, or one for each line of a file."""
-    given = {
-        "metadata": metadata_of(options.metadata),
-        "parent_id": options.parent,
-        "importance": options.importance,
-        "ttl_s": options.ttl,
-        "thread": options.thread,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
+    given = _given(
+        metadata=metadata_of(options.metadata),
+        parent_id=options.parent,
+        importance=options.importance,
+        ttl_s=options.ttl,
+        thread=options.thread,
+        id=options.id,
+    )
     if options.jsonl is not None:
         source = Lines(options.jsonl)
         with _memory(options, options.kind or "text") as mos:
@@ -41,8 +40,6 @@ def add(options: argparse.Namespace) -> int:
         kind = options.kind or _stored_kind(options)
         made = kind or "text"
         item: dict[str, Any] = {"content": _parsed(content, made), **given}
-        if options.id is not None:
-            item["id"] = options.id
         is_vector = made == "vector" and not isinstance(item["content"], str)
         with _memory(options, made, embeds=not is_vector) as mos:
             ids = [mos.add(options.memory, item.pop("content"), **item).id]
@@ -58,38 +55,37 @@ def import_(options: argparse.Namespace) -> int:
     """Documents into a tree memory, lines of JSON into any memory."""
     metadata = metadata_of(options.metadata)
     for name in options.files:
-        if not Path(name).is_file():
-            what = "a folder" if Path(name).is_dir() else "no such file"
-            raise NotFoundError(f"FILE: files wanted, got {name} ({what})")
+        if Path(name).is_dir():
+            raise ArgumentError(f"FILE: files wanted, got the folder {name}")
     lines = {name: Lines(name) for name in options.files if _is_jsonl(name)}
+    documents = [name for name in options.files if name not in lines]
     if lines and options.format is not None:
         raise ArgumentError(f"--format: only for documents, got {next(iter(lines))} as well")
-    wanted = "text" if len(lines) == len(options.files) else "tree"
+    wanted = "tree" if documents else "text"
     kind = _stored_kind(options) or wanted
-    if wanted == "tree" and kind != "tree":
+    if documents and kind != "tree":
         raise ArgumentError(
             f"memory {options.memory!r}: documents want one of kind tree, this is of kind {kind}"
         )
-    done: list[dict[str, Any]] = []
-    with (
-        _memory(options, kind) as mos,
-        console.progress("files", len(options.files)) as tell,
-    ):
-        for number, name in enumerate(options.files, 1):
-            if name in lines:
-                given = {} if metadata is None else {"metadata": metadata}
-                ids = _add_lines(mos, options.memory, lines[name], given)
-                done.append({"file": name, "ids": ids, "cubes": len(set(ids))})
-            else:
-                done.append(_add_document(mos, options, name, metadata))
-            tell(number)
+    for name in documents:  # before anything is made
+        Path(name).stat()
+    done: dict[str, dict[str, Any]] = {}
+    with _memory(options, kind) as mos:
+        with console.progress("documents", len(documents)) as tell:
+            for number, name in enumerate(documents, 1):
+                done[name] = _add_document(mos, options, name, metadata)
+                tell(number)
+        for name, items in lines.items():
+            ids = _add_lines(mos, options.memory, items, _given(metadata=metadata))
+            done[name] = {"file": name, "ids": ids, "cubes": len(set(ids))}
+    files = [done[name] for name in options.files]
     if options.json:
-        console.write_json({"memory": options.memory, "files": done})
+        console.write_json({"memory": options.memory, "files": files})
         return 0
     from rich.table import Table
 
     table = Table("file", "cubes", "id")
-    for one in done:
+    for one in files:
         id = one["ids"][0] if len(one["ids"]) == 1 else ""
         table.add_row(console.text(one["file"]), f"{one['cubes']:,}", console.text(id))
     console.show(table)
@@ -108,8 +104,13 @@ class Lines:
 
     def __init__(self, name: str) -> None:
         self.name = "standard input" if name == "-" else name
-        self._path = None if name == "-" else Path(name)
-        self._kept = _stdin().split("\n") if name == "-" else []
+        self._path = Path(name)
+        self._kept: list[str] | None = None  # of what can be read only once
+        if name == "-":
+            self._kept = _stdin().split("\n")
+        elif not self._path.is_file():
+            with _reading(self._path) as file:
+                self._kept = list(file)
         self.count = sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -128,7 +129,7 @@ class Lines:
             yield item
 
     def _lines(self) -> Iterator[str]:
-        if self._path is None:
+        if self._kept is not None:
             yield from self._kept
             return
         with _reading(self._path) as file:
@@ -169,6 +170,11 @@ def object_of(what: str, given: str) -> dict[str, Any]:
 
 
 # Inside.
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Those that are said."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _memory(options: argparse.Namespace, kind: str, *, embeds: bool = True) -> MOS:
@@ -215,11 +221,8 @@ def _add_lines(mos: MOS, memory: str, lines: Lines, given: Mapping[str, Any]) ->
         try:
             return [cube.id for cube in mos.add_many(memory, items, progress=count)]
         except MemosError as error:
-            last = min(stored + _BATCH, lines.count)
-            raise ArgumentError(
-                f"{lines.name}: items {stored + 1:,} to {last:,} are not stored, those before "
-                f"are: {error}"
-            ) from error
+            before = f"only the first {stored:,} lines are" if stored else "nothing is"
+            raise ArgumentError(f"{lines.name}: {before} stored: {error}") from error
 
 
 def _both(given: Mapping[str, Any], item: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +240,7 @@ def _add_document(
     try:
         root = memory.add_document(Path(name), format=options.format, metadata=metadata)
     except MemosError as error:
-        raise type(error)(f"{name}: {error}; the files before it are stored") from error
+        raise type(error)(f"{name} is not stored, files before it are: {error}") from error
     cubes = 1 + len(memory.descendants(root.id))
     return {"file": name, "ids": [root.id], "cubes": cubes}
 
