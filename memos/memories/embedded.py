@@ -20,7 +20,7 @@ GIVEN = "vectors given by the application"  # their maker, where there is no emb
 Encoded = tuple[bytes | None, bytes | None]
 _KEPT = 256
 # Of this process: one query asks several memories.
-_queries: dict[tuple[str, str], tuple[Any, Any]] = {}
+_queries: dict[tuple[str, int, str], tuple[Any, Any]] = {}
 _queries_lock = threading.Lock()
 
 
@@ -122,13 +122,13 @@ class Embedded:
             return None, None
         embedder = self.embedder
         assert self._records is not None
-        maker, _ = self._records.embedder_of(self._memory)
+        maker, dim = self._records.embedder_of(self._memory)
         if maker not in (embedder.identity, GIVEN):
             if self._wish == "auto":  # the local model did not make these vectors
                 return None, None
             self.opened(embedder.dim, embedder.identity)
         _check(text)
-        key = (embedder.identity, text)
+        key = (embedder.identity, dim, text)
         with _queries_lock:
             if key in _queries:
                 return _queries[key]
