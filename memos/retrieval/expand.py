@@ -73,11 +73,7 @@ class Expand:
         wanted = numpy.unique(seqs[(seqs >= 0) & (candidates.places(seqs) < 0)]).tolist()
         if not wanted:
             return
-        source, scope = candidates.source, candidates.scope
-        if hasattr(source, "visible"):
-            visible = source.visible(wanted, scope)
-        else:
-            visible = source.load(wanted, scope).keys()
+        visible = candidates.source.visible(wanted, candidates.scope)
         new = candidates.add(numpy.array(sorted(visible), numpy.int64))
         if not len(new):
             return
