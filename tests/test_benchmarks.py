@@ -58,3 +58,12 @@ def test_a_part_overwrites_nothing(tree: Path) -> None:
     for part in (["-k", "1"], ["benchmarks/test_double.py::test_double[2]"]):
         assert "a part of double ran" in bench(tree, *part)
         assert path.read_bytes() == before
+
+
+def test_every_question_about_the_documents_has_its_answer() -> None:
+    """benchmarks/documents.jsonl follows the pages that it asks about."""
+    lines = (ROOT / "benchmarks" / "documents.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) >= 40
+    for question in map(json.loads, lines):
+        page = (ROOT / question["document"]).read_text(encoding="utf-8")
+        assert " ".join(page.split()).count(question["answer"]) == 1, question
