@@ -7,6 +7,7 @@ import io
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,7 +136,7 @@ def _command(
     made: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. {more}".strip(),
+        description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {more}".strip(), 88),
         epilog=f"example: {example}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -174,7 +175,7 @@ def _add(commands: Any) -> None:
         "remember something",
         "memos add notes 'The key is under the mat.' --metadata room=hall",
         "Makes the memory where it is new. Prints the id of the cube; what is there already, "
-        "content and\nmetadata, is not stored twice.",
+        "content and metadata, is not stored twice.",
         embeds=True,
     )
     made.add_argument("memory", metavar="MEMORY", help="name of the memory")
@@ -214,7 +215,7 @@ def _import(commands: Any) -> None:
         "read documents into a tree memory",
         "memos import handbook README.md docs/*.md",
         "Headings become sections, with the paragraphs below them. A .jsonl file is read line by "
-        "line as\nby memos add --jsonl, into a text memory where it is new.",
+        "line as by memos add --jsonl, into a text memory where it is new.",
         embeds=True,
     )
     made.add_argument("memory", metavar="MEMORY", help="name of the memory")
