@@ -138,7 +138,7 @@ class Model:
             for edge, far in self.steps(id, None, direction, team):
                 weight = self.edges[edge].content["properties"].get("weight")
                 plain = isinstance(weight, int | float) and not isinstance(weight, bool)
-                strength = float(weight) if plain and 0 < weight < 1e300 else 1.0
+                strength = float(weight) if plain and weight > 0 else 1.0
                 step[place[far], place[id]] += strength
         restart = numpy.zeros(len(nodes))
         restart[place[seed]] = 1
@@ -197,6 +197,16 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("path"), PICK, PICK, st.integers(0, 4), KINDS, DIRECTION, FILTER),
     st.tuples(st.just("rank"), PICK, DIRECTION, FILTER),
 )
+
+
+START = st.tuples(
+    st.lists(st.tuples(st.just("node"), NODE, TEAM, TTL), min_size=3, max_size=6),
+    st.lists(
+        st.tuples(st.just("edge"), st.sampled_from(TYPES), PICK, PICK, PROPERTIES, TEAM, TTL),
+        min_size=3,
+        max_size=9,
+    ),
+).map(lambda parts: [*parts[0], *parts[1]])
 
 
 class Twin:
@@ -344,9 +354,8 @@ class Twin:
         )
         scores = [hit.score for hit in hits]
         assert scores == sorted(scores, reverse=True)
-        assert {hit.id: hit.score for hit in hits} == pytest.approx(
-            {id: score for id, score in want.items() if score > 1e-12}, abs=1e-7
-        )
+        have = {**dict.fromkeys(want, 0.0), **{hit.id: hit.score for hit in hits}}
+        assert have == pytest.approx(want, abs=1e-7)
 
     # Inside.
 
@@ -363,7 +372,7 @@ def history(graphs: Graphs, data: Any, length: int) -> tuple[GraphMemory, Model]
     model = Model()
     memory = graphs(on_duplicate="keep", clock=lambda: model.now)
     operations = st.lists(OPERATIONS, min_size=length // 2, max_size=2 * length)
-    Twin(memory, model).go(data.draw(operations))
+    Twin(memory, model).go([*data.draw(START), *data.draw(operations)])
     with memory.records.database.read() as connection:
         nodes = connection.exec_driver_sql("SELECT COUNT(DISTINCT seq) FROM graph_facts").scalar()
         edges = connection.exec_driver_sql("SELECT COUNT(*) FROM relations").scalar()

@@ -264,6 +264,23 @@ def test_contended_merges_make_one_node_each(graphs: Graphs) -> None:
     server.close()
 
 
+def test_one_process_sends_at_a_time(graphs: Graphs, tmp_path: Path) -> None:
+    import fcntl
+
+    memory = graphs(graphs.records(tmp_path))
+    (lock,) = tmp_path.glob("graph-*.lock")
+    with open(lock, "ab") as other:  # as another process in the middle of sending
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer = threading.Thread(target=memory.add, args=(node("N", "a"),))
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        assert on_server(graphs, memory) == ({}, {})
+    writer.join()
+    assert_in_step(graphs, memory)
+    assert len(memory.nodes()) == 1
+
+
 WRITER = """
     import json, sys
     from memos.memories.graph import GraphMemory
@@ -314,7 +331,11 @@ def test_two_processes_on_one_folder(
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
     for process in writers:
-        process.communicate("go\n", timeout=60)
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in writers:
+        process.communicate(timeout=120)
         assert process.returncode == 0
     assert len(memory.nodes("N", limit=1000)) == 24
     found = memory.neighbourhood("hub", 10)

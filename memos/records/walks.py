@@ -138,8 +138,8 @@ def shortest_path(
                     following.append(far)
         meeting = [seq for seq in following if seq in there]
         if meeting:
-            middle = min(meeting, key=lambda seq: (there[seq], seq))
-            return _joined(via, middle, a, b)
+            # Had they met before, they would have been here: all are equally far.
+            return _joined(via, min(meeting), a, b)
         if not following:
             return None
         frontiers[side] = following
@@ -197,7 +197,7 @@ def pagerank(
     for seq, share in seeds.items():
         restart[place[seq]] = share
     restart /= restart.sum()
-    step = weight / out[source] if len(source) else weight
+    step = numpy.divide(weight, out[source], out=numpy.zeros(len(weight)), where=out[source] > 0)
     rank = restart.copy()
     for _ in range(max_iterations):
         moved = numpy.bincount(target, rank[source] * step, len(seqs))
@@ -215,6 +215,7 @@ def _arrays(edges: Sequence[Edge], place: Mapping[int, int], direction: str) -> 
     source = numpy.array([place[edge.source] for edge in edges], numpy.int64)
     target = numpy.array([place[edge.target] for edge in edges], numpy.int64)
     weight = numpy.array([edge.weight for edge in edges], numpy.float64)
+    weight /= weight.max(initial=1.0)  # sums of the largest stay finite
     if direction == "in":
         return target, source, weight
     if direction == "both":  # a loop is one way, not two
