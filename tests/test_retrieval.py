@@ -148,6 +148,13 @@ def test_a_query_that_asks_when_prefers_a_text_that_says_when() -> None:
     assert by_seq == {i: float(i == 5) for i in range(1, 9)}
 
 
+def test_only_what_someone_said_can_be_a_question() -> None:
+    memory = ListSource(embed)
+    memory.put(Row(1, "How does it work?"), Row(2, "How does it work?", {"role": "user"}))
+    results = pipeline().rank("how does it work", memory)
+    assert {r.seq: r.signals["question"].value for r in results} == {1: 0, 2: 1}
+
+
 def test_importance_and_recency() -> None:
     memory = ListSource(embed)
     memory.put(
@@ -158,6 +165,8 @@ def test_importance_and_recency() -> None:
     )
     results = pipeline().rank("bell", memory)
     assert seqs(results) == [2, 4, 3, 1]
+    weight = {result.seq: result.signals["importance"].value for result in results}
+    assert weight == {1: pytest.approx(-0.6), 2: pytest.approx(0.8), 3: 0, 4: 0}
     recency = {result.seq: result.signals["recency"] for result in results}
     assert recency[3].value == pytest.approx(1 / 8)
     assert recency[4].value == 1
@@ -235,6 +244,28 @@ def test_the_parent_signal_is_a_z_score_over_groups() -> None:
     assert values[100] == 0
 
 
+def test_the_three_best_members_speak_for_a_group() -> None:
+    memory = ListSource(embed)
+    texts = ["soup", "soup tea", "a", "b", "c", "soup pot", "tea", "d", "e", "f", "g", "h"] * 2
+    memory.put(*(Row(i, text, parent=i % 5) for i, text in enumerate(texts)))
+    results = pipeline(TextSearch(), VectorSearch(), Fuse(), Expand()).rank("soup", memory, None)
+    r = {c.seq: c.signals["text"].adds + c.signals["dense"].adds for c in results}
+    groups = [sorted((r[i] for i in r if i % 5 == g), reverse=True) for g in range(5)]
+    means = numpy.array([numpy.mean(group[:3]) for group in groups])
+    want = (means - means.mean()) / means.std()
+    for result in results:
+        assert result.signals["parent"].value == pytest.approx(want[result.seq % 5])
+
+
+def test_every_candidate_has_its_similarity_whatever_path_it_came_by() -> None:
+    memory = large(Row(505, "zebra", thread="50"))
+    results = pipeline(*small_stages()).rank("zebra w1 w2 w3", memory, None)
+    vector, (mean, deviation) = embed("zebra w1 w2 w3"), memory.background(embed("zebra w1 w2 w3"))
+    for result in results:
+        near = memory.rows[result.seq].vector @ vector
+        assert result.signals["dense"].value == pytest.approx((near - mean) / deviation)
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12),
     st.lists(st.floats(0.1, 5), min_size=6, max_size=6),
@@ -304,6 +335,8 @@ def test_late_interaction_reads_token_by_token(pack: bool) -> None:
     assert max(values, key=lambda seq: values[seq]) in (5, 6)
     assert values[1] == 0
     assert {r.signals["dense"].value for r in results if r.seq != 1} == {0.0}
+    for result in results:
+        assert result.score == pytest.approx(sum(s.adds for s in result.signals.values()))
 
 
 def test_those_that_were_not_read_again_stay_below() -> None:
@@ -378,6 +411,17 @@ def test_several_memories_are_ranked_together() -> None:
         .value
     )
     assert pipeline().run("soup", [], 3) == []
+
+
+def test_a_small_memory_is_measured_against_the_largest_one() -> None:
+    first, second = source(FILLER, name="first"), ListSource(embed, name="second")
+    second.put(Row(101, "the train is late"), Row(102, "a green door"))
+    query = "the train is late"
+    results = pipeline().rank(query, [first, second], None)
+    values = {c.seq: c.signals["dense"].value for c in results}
+    assert values[101] == pytest.approx(values[2])  # equal texts, equal values
+    assert values[102] == pytest.approx(values[3])
+    assert pipeline().rank(query, second)[0].signals["dense"].value == pytest.approx(1)
 
 
 def test_explain_says_what_counted() -> None:

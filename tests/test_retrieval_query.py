@@ -152,6 +152,14 @@ def test_what_is_told_soon_after_is_near_and_what_is_told_before_is_not() -> Non
     assert late < 0.001
 
 
+def test_a_year_has_twelve_months() -> None:
+    days = numpy.array([at(2023, 12, 1), at(2023, 12, 31), at(2024, 1, 20)])
+    first, last, after = closeness([Calendar(2023, 12)], days)
+    assert first == last == 1
+    assert after == pytest.approx(math.exp(-1.9))
+    assert closeness([Calendar(None, 2, 29)], numpy.array([at(2024, 2, 29)]))[0] == 1
+
+
 def test_the_time_of_metadata() -> None:
     assert time_of({"timestamp": "2023-05-08T13:56"}) == at(2023, 5, 8) + 13 * 3600 + 56 * 60
     assert time_of({"timestamp": "2023-05-08T13:56:00Z"}) == at(2023, 5, 8) + 50160
