@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.report import RESULTS, ROOT
 
 README = ROOT / "README.md"
+NAMES = ("kernels", "kv_restore", "kv_quality", "retrieval", "documents", "records")
 BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
 
 
@@ -37,6 +38,44 @@ def share(op: str, codec: str = "", threads: int = 1) -> str:
 
 def restore(context: int, codec: str, dtype: str = "bfloat16") -> dict[str, Any]:
     return pick("kv_restore", context=context, codec=codec, dtype=dtype)
+
+
+def retrieval() -> list[str]:
+    """LoCoMo, by system; the project's own pages beside it."""
+    lines = [
+        "| retrieval, percent | recall@5 | recall@10 | all evidence@10 | pooled recall@10 "
+        "| own pages@5 | ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for system in ("memos", "without token vectors", "fusion alone", "BM25 alone", "dense alone"):
+        one = pick("retrieval", system=system, store="conversations")
+        all_ = pick("retrieval", system=system, store="pooled")
+        page = pick("documents", system=system)
+        lines.append(
+            f"| {system} | {one['recall_at_5']:.1f} | {one['recall_at_10']:.1f} "
+            f"| {one['all_at_10']:.1f} | {all_['recall_at_10']:.1f} | {page['recall_at_5']:.1f} "
+            f"| {one['ms_per_query']:.1f} |"
+        )
+    return lines
+
+
+def records() -> list[str]:
+    """The record store by its size."""
+    lines = [
+        "| units | text p95 | vector p95 | hybrid p50 | hybrid p95 | adds in bulk | open |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for units in (1_000, 10_000, 100_000, 300_000):
+        text, vector, hybrid, bulk, opened = (
+            pick("records", units=units, kind=kind)
+            for kind in ("text", "vector", "hybrid", "add_many", "open")
+        )
+        lines.append(
+            f"| {units:,} | {text['p95_ms']:.1f} ms | {vector['p95_ms']:.1f} ms "
+            f"| {hybrid['p50_ms']:.1f} ms | {hybrid['p95_ms']:.1f} ms "
+            f"| {bulk['adds_per_s']:,.0f}/s | {opened['open_s']:.2f} s |"
+        )
+    return lines
 
 
 def table() -> str:
@@ -66,7 +105,8 @@ def table() -> str:
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
     for op in ("gather_blocks", "write_blocks"):
         lines.append(f"| `{op}` | {share(op)} | | | |")
-    results = [load(name) for name in ("kernels", "kv_restore", "kv_quality")]
+    lines += ["", *retrieval(), "", *records()]
+    results = [load(name) for name in NAMES]
     machine = results[0]["machine"]
     commits = ", ".join(dict.fromkeys(str(r["commit"])[:10] for r in results))
     lines += [

@@ -4,7 +4,7 @@ Texts are 25 words drawn as words are in a language (rank-frequency, 50,000 diff
 three metadata items; the embedder is a function of the text, since encoding is not measured here:
 384 numbers that are near for texts of one topic. Everything is in a folder on disk.
   add_one     units added one by one, each its own transaction; durable also waits for the disk
-  add_many    in bulk
+  add_many    in bulk, with vectors that were embedded before; "text": without vectors
   text, vector, filter, hybrid   one query each; hybrid is ``mos.retrieve`` with all its stages
   open        a new process: MOS(folder) and the first query by vector
 """
@@ -31,7 +31,7 @@ from memos import MOS, GeneralTextMemory
 from memos.memories.source import MemorySource
 
 DIM, TOPICS, WORDS = 384, 500, 50_000
-SIZES = [1_000, 10_000, 100_000]
+SIZES = [1_000, 10_000, 100_000, 300_000]
 QUERIES = 200
 
 
@@ -102,6 +102,14 @@ class Store:
             search = self.memory.embedded.search_or_none()
             assert search is not None
             search.index(connection).build()
+
+    def add_texts(self) -> dict[str, float]:
+        """In bulk, without vectors, beside the units that are there."""
+        some = list(items(2 * 10**7, 20_000))
+        self.mos.register_memory(GeneralTextMemory("texts", embedder=None))
+        start = time.perf_counter()
+        self.mos.add_many("texts", some)
+        return {"adds_per_s": len(some) / (time.perf_counter() - start)}
 
     def add_one(self, durable: bool) -> dict[str, float]:
         """Singles, without vectors, beside the units that are there."""
@@ -179,7 +187,7 @@ def timed(run: Callable[[int], object]) -> dict[str, float]:
 
 
 KINDS = ("add_many", "text", "vector", "vector, 1 % allowed", "filter", "hybrid", "open")
-ALONE = [(100_000, "add_one, NORMAL"), (100_000, "add_one, FULL")]
+ALONE = [(100_000, kind) for kind in ("add_many, text", "add_one, NORMAL", "add_one, FULL")]
 CASES = [(units, kind) for units in SIZES for kind in KINDS]
 CASES[CASES.index((100_000, "text")) : CASES.index((100_000, "text"))] = ALONE
 
@@ -190,6 +198,8 @@ def test_records(benchmark: Any, store: Store, units: int, kind: str) -> None:
     if kind == "add_many":
         figures: dict[str, float] = {"adds_per_s": store.bulk_per_s}
         benchmark.pedantic(lambda: None, rounds=1)
+    elif kind == "add_many, text":
+        figures = benchmark.pedantic(store.add_texts, rounds=1)
     elif kind.startswith("add_one"):
         figures = benchmark.pedantic(lambda: store.add_one(kind.endswith("FULL")), rounds=1)
     elif kind == "open":
