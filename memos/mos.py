@@ -291,7 +291,8 @@ class MOS:
                 f"query: text wanted where no memory is named, got {type(query).__name__}"
             )
         else:
-            chosen.expire()
+            if not self.records.readonly:
+                chosen.expire()
             hits = chosen.lookup(query, limit, chosen.scope(filters))
         if include_ancestors or include_siblings or include_descendants:
             return self._with_relatives(

@@ -131,3 +131,23 @@ def test_context_and_explain() -> None:
         assert [hit.memory for hit in told.hits] == ["m", "m"]
         assert "subject" in {signal.name for signal in told.hits[0].signals}
         assert "left out" in str(told)
+
+
+def test_a_heading_is_found_by_what_stands_below_it() -> None:
+    memory = TreeTextMemory("docs", embedder=None)
+    with opened(memory) as mos:
+        root = mos.add("docs", "A handbook")
+        first, second = (mos.add("docs", f"Chapter {n}", parent_id=root.id) for n in "AB")
+        for i in range(4):
+            mos.add("docs", f"A lion is fed {i} times.", parent_id=first.id)
+            mos.add("docs", f"A zebra is fed {i} times.", parent_id=second.id)
+        hits = {hit.id: hit for hit in mos.retrieve("docs", "zebra", limit=20)}
+        assert second.id in hits
+        assert "children" in str(mos.explain(hits[second.id]))
+        assert first.id not in hits or hits[first.id].score < hits[second.id].score
+        # And a unit by what stands above it.
+        below = mos.retrieve("docs", "chapter b", limit=20)
+        zebras = [hit.score for hit in below if "zebra" in hit.content]
+        lions = [hit.score for hit in below if "lion" in hit.content]
+        assert len(zebras) == 4
+        assert min(zebras) > max(lions, default=0.0)

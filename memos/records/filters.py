@@ -29,13 +29,11 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     and_,
-    bindparam,
     false,
     not_,
     or_,
     select,
     true,
-    tuple_,
 )
 
 from memos.errors import ArgumentError
@@ -94,10 +92,8 @@ def values_beginning(
         for prefix in dict.fromkeys((word, word.lower(), word[:1].upper() + word[1:])):
             last = ("", "")
             for _ in range(limit):
-                row = connection.execute(
-                    _NEXT_VALUE,
-                    {"memory": memory, "prefix": prefix, "string": last[1], "key": last[0]},
-                ).first()
+                at = (memory, STRING, prefix, last[1], last[0])
+                row = connection.exec_driver_sql(_NEXT_VALUE, at).first()
                 if row is None or not row[1].startswith(prefix):
                     break
                 last = (row[0], row[1])
@@ -106,15 +102,8 @@ def values_beginning(
 
 
 _NEXT_VALUE = (
-    select(facts.c.key, facts.c.string)
-    .where(
-        facts.c.memory == bindparam("memory"),
-        facts.c.type == STRING,
-        facts.c.string >= bindparam("prefix"),
-        tuple_(facts.c.string, facts.c.key) > tuple_(bindparam("string"), bindparam("key")),
-    )
-    .order_by(facts.c.string, facts.c.key)
-    .limit(1)
+    "SELECT key, string FROM facts WHERE memory = ? AND type = ? AND string >= ? "
+    "AND (string, key) > (?, ?) ORDER BY string, key LIMIT 1"
 )
 
 

@@ -89,11 +89,17 @@ _RELATIONS = {
 def edges_of(connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, int, float]]:
     """(source, type, target, weight) of every edge at one of these cubes."""
     found: dict[int, tuple[int, str, int, float]] = {}
-    for end in (relations.c.source, relations.c.target):
+    for statement in _EDGES:
         for part in chunks(seqs):
-            for row in connection.execute(select(relations).where(end.in_(part))):
+            for row in connection.execute(statement, {"seqs": part}):
                 found[row.id] = (row.source, row.type, row.target, row.weight)
     return [found[id] for id in sorted(found)]
+
+
+_EDGES = [
+    select(relations).where(end.in_(bindparam("seqs", expanding=True)))
+    for end in (relations.c.source, relations.c.target)
+]
 
 
 def neighbours_of(

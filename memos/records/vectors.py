@@ -6,6 +6,7 @@ other processes are seen too; its file is a cache, thrown away whenever it does 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy
 from sqlalchemy import Connection, bindparam, select
 
+from memos.errors import NotFoundError
 from memos.records.database import Database
 from memos.records.index import VectorIndex
 from memos.records.schema import vectors
@@ -51,6 +53,8 @@ class VectorSearch:
         self._path = None if folder is None else folder / f"vectors-{memory}.index"
         self._index: VectorIndex | None = None
         self._seen = self._saved = 0
+        # Number of vectors when it was taken, and rows from all over the memory.
+        self._sample: tuple[int, Any] = (0, numpy.zeros((1, dim), numpy.float32))
         self._lock = threading.Lock()
 
     def encode(self, array: Any) -> list[bytes]:
@@ -99,13 +103,28 @@ class VectorSearch:
         return found
 
     def background(self, connection: Connection, query: Any) -> tuple[float, float]:
-        """Mean and standard deviation of the similarity to 512 cubes from all over the memory."""
+        """Mean and standard deviation of the similarity to 512 cubes from all over the memory.
+
+        Which ones is decided again when the memory grew or shrank by a twentieth.
+        """
         index = self.index(connection)
-        keys = index.keys()
-        if not len(keys):
-            return 0.0, 1.0
-        some = keys[numpy.linspace(0, len(keys) - 1, min(512, len(keys))).astype(numpy.int64)]
-        _, scores = index.search(query, len(some), numpy.unique(some))
+        size, sample = self._sample
+        if abs(len(index) - size) * 20 > size or not size:
+            keys = index.keys()
+            if not len(keys):
+                return 0.0, 1.0
+            some = numpy.linspace(0, len(keys) - 1, min(512, len(keys))).astype(numpy.int64)
+            with contextlib.suppress(NotFoundError):  # removed meanwhile: next time
+                sample = index.get(keys[some])
+                if self.metric == "cosine":
+                    sample /= numpy.maximum(numpy.linalg.norm(sample, axis=1, keepdims=True), 1e-9)
+                self._sample = (len(keys), sample)
+        wanted = numpy.asarray(query, numpy.float32)
+        if self.metric == "l2":
+            scores = -numpy.square(sample - wanted).sum(axis=1)
+        else:
+            length = numpy.linalg.norm(wanted) if self.metric == "cosine" else 1.0
+            scores = sample @ (wanted / max(float(length), 1e-9))
         return float(scores.mean()), float(scores.std()) or 1.0
 
     def index(self, connection: Connection) -> VectorIndex:

@@ -27,6 +27,7 @@ class Expand:
         answer:         r of the unit before, where that is a question.
         parent:         mean r of the three best of the same session or section, as z-score over
                         the sessions or sections.
+        children:       mean r of the three best units below it.
         related:        the greatest of edge weight * r over related units.
 
     Args:
@@ -40,6 +41,7 @@ class Expand:
     next: float = 0.15
     answer: float = 0.35
     parent: float = 1.0
+    children: float = 0.2
     related: float = 0.35
     types: dict[str, float] = field(default_factory=dict)
     name: str = "expand"
@@ -51,11 +53,9 @@ class Expand:
         weights = numpy.array([edge[3] * self.types.get(edge[1], 1.0) for edge in edges])
         if not candidates.is_complete and len(best):
             source, scope = candidates.source, candidates.scope
-            _, near = candidates.units.columns(source, scope, best, ("previous", "next"))
-            self._fetch(
-                candidates, numpy.concatenate([near["previous"], near["next"], ends.ravel()])
-            )
-        columns = candidates.columns("previous", "next", "group", "is_question")
+            _, near = candidates.units.columns(source, scope, best, ("previous", "next", "parent"))
+            self._fetch(candidates, numpy.concatenate([*near.values(), ends.ravel()]))
+        columns = candidates.columns("previous", "next", "group", "parent", "is_question")
         r = candidates.score.copy()
         before = candidates.places(columns["previous"])
         after = candidates.places(columns["next"])
@@ -65,6 +65,9 @@ class Expand:
         asked = (before >= 0) & columns["is_question"][before]
         candidates.put("answer", numpy.where(asked, above, 0.0), self.answer)
         candidates.put("parent", _group_scores(r, columns["group"]), self.parent)
+        above_it = candidates.places(columns["parent"])
+        if (above_it >= 0).any():
+            candidates.put("children", best_means(r, above_it), self.children)
         if len(ends):
             candidates.put("related", self._related(candidates, r, ends, weights), self.related)
         return candidates
@@ -98,6 +101,18 @@ class Expand:
         return best
 
 
+def best_means(r: Array, groups: Array) -> Array:
+    """[n] of group i the mean of its three best members; 0 where it has none. -1: no group."""
+    member = numpy.flatnonzero(groups >= 0)
+    sizes = numpy.bincount(groups[member], minlength=len(r))
+    order = member[numpy.lexsort((-r[member], groups[member]))]
+    starts = numpy.cumsum(sizes) - sizes
+    place = numpy.arange(len(order)) - starts[groups[order]]
+    first = order[place < _MEMBERS]
+    sums = numpy.bincount(groups[first], r[first], minlength=len(r))
+    return sums / numpy.maximum(numpy.minimum(sizes, _MEMBERS), 1)
+
+
 def _group_scores(r: Array, groups: Array) -> Array:
     """[n] z-score of each unit's group; 0 without a group, or with one group only."""
     scores = numpy.zeros(len(r))
@@ -107,12 +122,7 @@ def _group_scores(r: Array, groups: Array) -> Array:
     different, group = numpy.unique(groups[member], return_inverse=True)
     if len(different) < 2:
         return scores
-    order = numpy.lexsort((-r[member], group))
-    sizes = numpy.bincount(group)
-    place = numpy.arange(len(member)) - (numpy.cumsum(sizes) - sizes)[group[order]]
-    first = order[place < _MEMBERS]
-    sums = numpy.bincount(group[first], r[member][first], minlength=len(different))
-    means = sums / numpy.minimum(sizes, _MEMBERS)
+    means = best_means(r[member], group)[: len(different)]
     deviation = means.std()
     if deviation > 1e-9:
         scores[member] = ((means - means.mean()) / deviation)[group]
