@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Connection, bindparam, event, select
+from sqlalchemy import Connection, event, select
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from memos.errors import ArgumentError, StoreError, StoreLockedError
@@ -133,7 +133,7 @@ class Database:
 
     def allocate(self, connection: Connection, rows: int = 0) -> tuple[int, int]:
         """Number of this transaction, and the first of ``rows`` numbers for new cubes."""
-        change, last = connection.execute(_ALLOCATE, {"rows": rows}).one()
+        change, last = connection.exec_driver_sql(_ALLOCATE, (rows,)).one()
         return int(change), int(last) - rows + 1
 
     # Inside.
@@ -221,12 +221,7 @@ def open_database(
 
 
 _CHANGE = select(store.c.change).where(store.c.id == 1)
-_ALLOCATE = (
-    store.update()
-    .where(store.c.id == 1)
-    .values(change=store.c.change + 1, seq=store.c.seq + bindparam("rows"))
-    .returning(store.c.change, store.c.seq)
-)
+_ALLOCATE = "UPDATE store SET change = change + 1, seq = seq + ? WHERE id = 1 RETURNING change, seq"
 
 
 def _begin(connection: Connection) -> None:

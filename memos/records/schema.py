@@ -19,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    text,
 )
 from sqlalchemy.types import UserDefinedType
 
@@ -87,9 +88,10 @@ cubes = Table(
     Index("cubes_id", "memory", "id", unique=True),
     Index("cubes_change", "memory", "change"),
     Index("cubes_digest", "memory", "digest"),
-    Index("cubes_parent", "parent", "seq"),
-    Index("cubes_thread", "memory", "thread", "seq"),
-    Index("cubes_expiry", "expires_at"),
+    # Where there is none, nothing is indexed: a page less to write for each add.
+    Index("cubes_parent", "parent", "seq", sqlite_where=text("parent IS NOT NULL")),
+    Index("cubes_thread", "memory", "thread", "seq", sqlite_where=text("thread IS NOT NULL")),
+    Index("cubes_expiry", "expires_at", sqlite_where=text("expires_at IS NOT NULL")),
     sqlite_autoincrement=True,
 )
 

@@ -41,7 +41,7 @@ class Expand:
     next: float = 0.15
     answer: float = 0.35
     parent: float = 1.0
-    children: float = 0.2
+    children: float = 0.1
     related: float = 0.35
     types: dict[str, float] = field(default_factory=dict)
     name: str = "expand"
