@@ -103,9 +103,10 @@ def run(
             query = change(query)
         source.embed_query(query.spoken)  # kept: the embedder's time is not counted
         start = time.perf_counter()
-        if change is None:
-            query = chain.parse(question.text, [source])
-        ranked = chain.rank(query, source, LIMIT, scope)
+        with filled().records.database.snapshot():  # as mos.retrieve asks
+            if change is None:
+                query = chain.parse(question.text, [source])
+            ranked = chain.rank(query, source, LIMIT, scope)
         took.append(1000 * (time.perf_counter() - start))
         cubes = source.cubes([candidate.seq for candidate in ranked], scope)
         rankings[question.id] = [

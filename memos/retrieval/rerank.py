@@ -76,7 +76,7 @@ class LateInteraction:
     Source: Khattab and Zaharia, ColBERT, 2020, section 3.3, without training.
     """
 
-    top: int = 50
+    top: int = 30
     weight: float = 1.5
     name: str = "late_interaction"
 
