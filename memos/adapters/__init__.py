@@ -1,0 +1,1 @@
+"""The engine of parametric memory: adapters as slabs, their files, merges and training."""
