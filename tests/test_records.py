@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from memos.cube import Relation
 from memos.errors import ArgumentError, NotFoundError
 from memos.memories.text import GeneralTextMemory
 from memos.records.check import check
+from memos.records.schema import CubeRow, cubes
 from memos.records.store import Records
 
 
@@ -73,6 +75,15 @@ def test_a_cube_reads_back(notes: GeneralTextMemory) -> None:
         assert one.expires_at == one.created_at + 60 == one.updated_at + 60
     again.metadata["a"].append(2)
     assert notes.get("mine").metadata == cube.metadata
+
+
+def test_a_row_of_cubes_has_the_columns_of_the_table() -> None:
+    """A bulk insert writes the rows as they are."""
+    hints = typing.get_type_hints(CubeRow)
+    assert list(hints) == [column.name for column in cubes.columns]
+    for column in cubes.columns:
+        plain = column.type.python_type
+        assert hints[column.name] == (plain | None if column.nullable else plain), column.name
 
 
 def test_an_update_is_a_version(notes: GeneralTextMemory) -> None:

@@ -325,7 +325,8 @@ class DeclarativeMemory:
                 i = next(i for i, seq in enumerate(known) if seq is not None)
                 raise ArgumentError(f"memory {self.name!r}: item {i} is there already")
             fresh = [new for new, seq in zip(news, known, strict=True) if seq is None]
-            seqs = self.table.insert(connection, fresh)
+            rows = self.table.insert(connection, fresh)
+            seqs = [row.seq for row in rows]
             self._after_insert(connection, seqs, fresh)
             by_id = dict(zip((new.id for new in fresh), seqs, strict=True))
             by_digest = {new.digest: by_id[new.id] for new in fresh} if 0 in known else {}
@@ -335,7 +336,11 @@ class DeclarativeMemory:
                 found.append(by_id[new.id] if again is None else again)
                 if again is not None:
                     names[new.id] = again
-            cubes = self.table.stored(seqs, fresh)
+            cubes = {  # one without edges or a parent is what its row says
+                row.seq: self.table.cube(row)
+                for row, new in zip(rows, fresh, strict=True)
+                if new.parent is None and not new.relations
+            }
             others = [seq for seq in found if seq not in cubes]
             if others:
                 cubes |= self.table.load(connection, others, Scope({}, now))

@@ -21,7 +21,7 @@ from memos.records.database import Database
 from memos.records.filters import compile_filter, facts_of
 from memos.records.fulltext import FullText
 from memos.records.links import chunks, relate, relations_of
-from memos.records.schema import cubes, facts, vectors, versions
+from memos.records.schema import CubeRow, cubes, facts, vectors, versions
 from memos.records.scope import DELETED, Scope, lives
 from memos.records.words import context_of
 
@@ -112,57 +112,27 @@ class CubeTable:
 
     # Writing.
 
-    def insert(self, connection: Connection, news: Sequence[New]) -> list[int]:
-        """Store new cubes; returns their numbers, in order."""
+    def insert(self, connection: Connection, news: Sequence[New]) -> list[CubeRow]:
+        """Store new cubes; returns their rows, in order."""
         if not news:
             return []
         change, first = self.database.allocate(connection, len(news))
-        rows, keys, texts, edges, arrays = [], [], [], [], []
-        for seq, new in enumerate(news, first):
-            content, metadata = new.json
-            context = context_of(new.metadata) if new.context is None else new.context
-            rows.append(
-                (
-                    seq,
-                    self.memory,
-                    new.id,
-                    new.kind,
-                    "CREATED",
-                    1,
-                    new.text,
-                    context,
-                    content,
-                    metadata,
-                    new.importance,
-                    new.parent,
-                    None,
-                    new.thread,
-                    new.source,
-                    new.creator,
-                    canonical(list(new.derived_from)) if new.derived_from else None,
-                    _json(new.acl),
-                    new.author,
-                    new.at,
-                    new.at,
-                    new.expires_at,
-                    new.digest,
-                    change,
-                )
-            )
-            keys += [(self.memory, *fact, seq) for fact in facts_of(new.metadata)]
-            texts.append((seq, new.text, context))
-            edges += [(seq, other, relation) for other, relation in new.relations]
+        rows = [self._new_row(new, seq, change) for seq, new in enumerate(news, first)]
+        keys, edges, arrays = [], [], []
+        for row, new in zip(rows, news, strict=True):
+            keys += [(self.memory, *fact, row.seq) for fact in facts_of(new.metadata)]
+            edges += [(row.seq, other, relation) for other, relation in new.relations]
             if new.vector is not None:
-                arrays.append((seq, self.memory, new.vector, new.tokens, change))
+                arrays.append((row.seq, self.memory, new.vector, new.tokens, change))
         connection.exec_driver_sql(_INSERT_CUBES, rows)
         if keys:
             connection.exec_driver_sql(_INSERT_FACTS, keys)
-        self.fulltext.insert(connection, texts)
+        self.fulltext.insert(connection, [(row.seq, row.text, row.context) for row in rows])
         if arrays:
             connection.exec_driver_sql(_INSERT_VECTORS, arrays)
         for seq, other, relation in edges:
             relate(connection, seq, other, relation)
-        return list(range(first, first + len(news)))
+        return rows
 
     def update(self, connection: Connection, seq: int, change: Change, at: float) -> None:
         """Make a new version of a cube; the old one stays in the history."""
@@ -266,34 +236,14 @@ class CubeTable:
             raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
         return found
 
-    def stored(self, seqs: Sequence[int], news: Sequence[New]) -> dict[int, MemCube]:
-        """What ``load`` would give of cubes that were just inserted without edges or parents."""
-        return {
-            seq: MemCube(
-                id=new.id,
-                kind=new.kind,
-                content=new.text if new.json[0] is None else self.shown(json.loads(new.json[0])),
-                metadata=json.loads(new.json[1]),
-                acl=None if new.acl is None else json.loads(canonical(new.acl)),
-                created_at=new.at,
-                updated_at=new.at,
-                memory=self.name,
-                importance=new.importance,
-                source=new.source,
-                creator=new.creator,
-                derived_from=tuple(new.derived_from),
-                expires_at=new.expires_at,
-            )
-            for seq, new in zip(seqs, news, strict=True)
-            if new.parent is None and not new.relations
-        }
-
     def load(self, connection: Connection, seqs: Iterable[int], scope: Scope) -> dict[int, MemCube]:
         """The cubes that may be seen, by number, with their relations."""
         wanted = list(seqs)
         rows = list(self.rows(connection, wanted, scope))
         edges = relations_of(connection, [row.seq for row in rows], scope)
-        return {row.seq: self._cube(row, tuple(edges.get(row.seq, ()))) for row in rows}
+        return {
+            row.seq: self.cube(row, tuple(edges.get(row.seq, ())), row.parent_id) for row in rows
+        }
 
     def one(self, connection: Connection, seq: int, scope: Scope) -> MemCube:
         """The cube with this number, which was just found. Raises StoreError."""
@@ -301,6 +251,33 @@ class CubeTable:
         if seq not in found:
             raise StoreError(f"memory {self.name!r}: no cube {seq} behind its id, file damaged")
         return found[seq]
+
+    def cube(
+        self,
+        row: CubeRow | Row[Any],
+        edges: tuple[Relation, ...] = (),
+        parent_id: str | None = None,
+    ) -> MemCube:
+        """The cube that a row is."""
+        return MemCube(
+            id=row.id,
+            kind=row.kind,
+            content=self._content(row),
+            metadata=json.loads(row.metadata),
+            relations=edges,
+            acl=None if row.acl is None else json.loads(row.acl),
+            versions=row.version,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            memory=self.name,
+            parent_id=parent_id,
+            importance=row.importance,
+            state=row.state,
+            source=row.source,
+            creator=row.creator,
+            derived_from=tuple(json.loads(row.derived_from)) if row.derived_from else (),
+            expires_at=row.expires_at,
+        )
 
     def recent(
         self,
@@ -441,7 +418,7 @@ class CubeTable:
         for part in chunks(seqs):
             connection.execute(vectors.update().where(vectors.c.seq.in_(part)).values(gone))
 
-    def _content(self, row: Row[Any]) -> Any:
+    def _content(self, row: CubeRow | Row[Any]) -> Any:
         return row.text if row.content is None else self.shown(json.loads(row.content))
 
     def _version(self, row: Row[Any], at: float) -> Version:
@@ -460,25 +437,33 @@ class CubeTable:
             digest=row.digest.hex(),
         )
 
-    def _cube(self, row: Row[Any], edges: tuple[Relation, ...]) -> MemCube:
-        return MemCube(
-            id=row.id,
-            kind=row.kind,
-            content=self._content(row),
-            metadata=json.loads(row.metadata),
-            relations=edges,
-            acl=None if row.acl is None else json.loads(row.acl),
-            versions=row.version,
-            created_at=row.created_at,
-            updated_at=row.updated_at,
-            memory=self.name,
-            parent_id=row.parent_id,
-            importance=row.importance,
-            state=row.state,
-            source=row.source,
-            creator=row.creator,
-            derived_from=tuple(json.loads(row.derived_from)) if row.derived_from else (),
-            expires_at=row.expires_at,
+    def _new_row(self, new: New, seq: int, change: int) -> CubeRow:
+        content, metadata = new.json
+        return CubeRow(
+            seq=seq,
+            memory=self.memory,
+            id=new.id,
+            kind=new.kind,
+            state="CREATED",
+            version=1,
+            text=new.text,
+            context=context_of(new.metadata) if new.context is None else new.context,
+            content=content,
+            metadata=metadata,
+            importance=new.importance,
+            parent=new.parent,
+            position=None,
+            thread=new.thread,
+            source=new.source,
+            creator=new.creator,
+            derived_from=canonical(list(new.derived_from)) if new.derived_from else None,
+            acl=_json(new.acl),
+            author=new.author,
+            created_at=new.at,
+            updated_at=new.at,
+            expires_at=new.expires_at,
+            digest=new.digest,
+            change=change,
         )
 
 
@@ -491,7 +476,7 @@ def _insert(table: Any, columns: Sequence[str], verb: str = "INSERT") -> str:
     return f"{verb} INTO {table.name} ({', '.join(columns)}) VALUES ({marks})"
 
 
-_INSERT_CUBES = _insert(cubes, [c.name for c in cubes.columns])
+_INSERT_CUBES = _insert(cubes, CubeRow._fields)
 _INSERT_FACTS = _insert(facts, [c.name for c in facts.columns])
 _INSERT_VECTORS = _insert(vectors, [c.name for c in vectors.columns], "INSERT OR REPLACE")
 _DELETE_FACTS = (

@@ -7,7 +7,7 @@ rows with a greater one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     Column,
@@ -94,6 +94,36 @@ cubes = Table(
     Index("cubes_expiry", "expires_at", sqlite_where=text("expires_at IS NOT NULL")),
     sqlite_autoincrement=True,
 )
+
+
+class CubeRow(NamedTuple):
+    """A row of ``cubes``: its columns, in their order."""
+
+    seq: int
+    memory: int
+    id: str
+    kind: str
+    state: str
+    version: int
+    text: str
+    context: str
+    content: str | None
+    metadata: str
+    importance: float
+    parent: int | None
+    position: int | None
+    thread: str | None
+    source: str | None
+    creator: str | None
+    derived_from: str | None
+    acl: str | None
+    author: str | None
+    created_at: float
+    updated_at: float
+    expires_at: float | None
+    digest: bytes
+    change: int
+
 
 versions = Table(
     "versions",
