@@ -12,6 +12,9 @@ from typing import Any
 
 from memos.errors import ArgumentError
 
+# Under this name a model keeps what says which adapters compute with it: ``identity() -> str``.
+ADAPTERS = "_memos_adapters"
+
 _DEEPEST = 100  # levels of JSON: what reads them again is recursive
 _lock = threading.Lock()
 _last_ms = 0
@@ -60,6 +63,12 @@ def digest(*parts: str) -> bytes:
         whole.update(len(data).to_bytes(8, "little"))
         whole.update(data)
     return whole.digest()
+
+
+def adapters_of(model: Any) -> str:
+    """Identity of the adapters that a forward pass of this thread computes with; "" for none."""
+    source = getattr(model, ADAPTERS, None)
+    return "" if source is None else str(source.identity())
 
 
 def _check(value: Any, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,12 +88,17 @@ class MemosCache(Cache):  # type: ignore[misc]
             else:
                 layers.append(DynamicSlidingWindowLayer(sliding_window=window))
         super().__init__(layers=layers)
+        self._adapters: _Adapters | None = None
         self._forget()
 
     def _forget(self) -> None:
         self.token_ids: list[int] = []  # of the first tokens; may name tokens still to come
         self._branch: int | None = None  # rows were mixed at this length
         self._awaited: int | None = None  # the length that inputs() prepared
+
+    def computed_under(self, adapters: Callable[[], str]) -> None:
+        """Refuse forward passes under other adapters than ``adapters()`` names now."""
+        self._adapters = _Adapters(adapters)
 
     # Tokens.
 
@@ -184,6 +189,8 @@ class MemosCache(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if self._awaited is not None:
             self._check_awaited(layer_idx, key_states.shape[-2])
+        if self._adapters is not None:
+            self._adapters.check()
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, values
 
@@ -384,6 +391,26 @@ class MemosCache(Cache):  # type: ignore[misc]
         if token_ids is not None:
             result.set_tokens(token_ids)
         return result
+
+
+class _Adapters:
+    """The adapters that a cache is made under. Copies of the cache share it."""
+
+    def __init__(self, now: Callable[[], str]) -> None:
+        self._now, self._wanted = now, now()
+
+    def check(self) -> None:
+        if (got := self._now()) != self._wanted:
+            raise ArgumentError(
+                f"cache: a forward pass under adapters {self._wanted or 'none'!r} wanted, as its "
+                f"K and V were made, got {got or 'none'!r}; begin the turn inside the same use()"
+            )
+
+    def __deepcopy__(self, memo: Any) -> _Adapters:
+        return self  # it leads to the model
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 def _exact(layer: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:

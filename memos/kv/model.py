@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from memos.cube.identity import adapters_of
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec
 from memos.kv.identity import KVIdentity
@@ -253,7 +254,8 @@ def identity_of(
 
     The digest covers name, dtype, shape and bytes of all parameters and buffers, the class and
     the config without fields that never change K or V. PEFT adapters are parameters of the
-    wrapped model and so part of it; which of them are active, merged or disabled is part too.
+    wrapped model and so part of it; which of them are active, merged or disabled is part too, and
+    so are the adapters of a ParametricMemory that this thread has in use.
     It is computed once; later calls compare a fingerprint: address, version and 64 bytes of every
     tensor. PyTorch does not count what is written through ``.data``: that is noticed when it
     changes any of those bytes (as a merged adapter does), on a GPU, where none are read, not at
@@ -265,6 +267,8 @@ def identity_of(
     shape = _shape_of_model(model, text)
     rewritten = "" if shape.max_tokens is None else "inv_freq"
     weights, adapter = digest(model, text, rewritten)
+    if attached := adapters_of(model):
+        adapter = sha(canonical([adapter, attached]))[:32]
     return _identity(shape, weights, codec, tokenizer, block_tokens, sink_tokens, revision, adapter)
 
 

@@ -38,6 +38,8 @@ class Archive:
         max_tokens:    at most so many first tokens of a session are kept; None: all.
         ttl_s:         how long blocks live from when they were stored; sessions from their last
             turn. None: until they are evicted or deleted.
+        adapters: what says which adapters a forward pass computes with: its caches refuse others
+            than those that ``identity`` was made under.
     """
 
     tenant: Tenant
@@ -47,10 +49,11 @@ class Archive:
     max_tokens: int | None = None
     ttl_s: float | None = None
     clock: Callable[[], float] = time.time
+    adapters: Callable[[], str] | None = None
 
     def new_cache(self) -> MemosCache:
         """An empty cache whose blocks can be stored."""
-        return MemosCache(
+        cache = MemosCache(
             self.shape,
             self.identity.codec,
             block_tokens=self.identity.block_tokens,
@@ -58,6 +61,9 @@ class Archive:
             recent_tokens=self.recent_tokens,
             window_history=True,
         )
+        if self.adapters is not None:
+            cache.computed_under(self.adapters)
+        return cache
 
     def restore(
         self, ids: list[int], session: Session | None, device: torch.device | str

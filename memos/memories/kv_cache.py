@@ -8,11 +8,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from memos.cube import MemCube, Version
-from memos.cube.identity import canonical
+from memos.cube.identity import adapters_of, canonical
 from memos.errors import ArgumentError, NotFoundError
 from memos.kernels.codec import Codec
 from memos.kv.sessions import Session
@@ -382,6 +383,7 @@ class KVCacheMemory:
                 max_tokens=self.max_cache_size,
                 ttl_s=self.ttl_s,
                 clock=self._clock,
+                adapters=None if self._model is None else partial(adapters_of, self._model),
             )
 
     def _check_ids(self, ids: list[int]) -> None:
