@@ -95,8 +95,8 @@ class MOS:
             memory, "retrieve" if not isinstance(memory, DeclarativeMemory) else "bind"
         ):
             raise ArgumentError(
-                f"memory: GeneralTextMemory, TreeTextMemory, VectorMemory, GraphMemory or "
-                f"KVCacheMemory wanted, got {type(memory).__name__}"
+                f"memory: GeneralTextMemory, TreeTextMemory, VectorMemory, GraphMemory, "
+                f"KVCacheMemory or ParametricMemory wanted, got {type(memory).__name__}"
             )
         with self._lock:
             known = self._memories.get(name)
@@ -154,7 +154,8 @@ class MOS:
         Args:
             memory_name:  a registered memory.
             content:      text; for a GraphMemory a node or relationship; for a VectorMemory a
-                vector; for a KVCacheMemory a cache with its token ids.
+                vector; for a KVCacheMemory a cache with its token ids; for a ParametricMemory the
+                folder of an adapter.
             metadata:     any JSON; filters and full text read it.
             parent_id:    in a TreeTextMemory: the cube above.
             relations:    dicts with type, target (id of a cube of any memory), and optionally
@@ -262,7 +263,7 @@ class MOS:
         """What fits a query, best first.
 
         Args:
-            memory_name: one memory; None: all that read text, ranked together.
+            memory_name: one memory; None: all that hold text, ranked together.
             query:       text; a vector for a VectorMemory; a dict with node, relationships and
                 depth for a GraphMemory; "user:ID", "session:ID" or token ids for a
                 KVCacheMemory.
@@ -314,7 +315,7 @@ class MOS:
 
         Args:
             budget_tokens: of the whole text.
-            memories:      names; None: all that read text.
+            memories:      names; None: all that hold text.
             limit:         hits to choose from.
             count_tokens:  of a text; default: a quarter of its characters.
 
@@ -373,7 +374,11 @@ class MOS:
         if not query.strip():
             raise ArgumentError("query: a text that is not empty wanted")
         if names is None:
-            chosen = [m for m in self.memories.values() if isinstance(m, DeclarativeMemory)]
+            chosen = [
+                memory
+                for memory in self.memories.values()
+                if isinstance(memory, DeclarativeMemory) and memory.in_prompts
+            ]
         else:
             chosen = [self._declarative(name) for name in names]
         if not self.records.readonly:

@@ -33,6 +33,7 @@ class DeclarativeMemory:
     """
 
     kind = "declarative"
+    in_prompts = True  # whether a query that names no memory asks this one
 
     def __init__(
         self,
@@ -171,6 +172,8 @@ class DeclarativeMemory:
             if content is not None:
                 self._change(connection, old, content, change)
             self.table.update(connection, seq, change, now)
+            if content is not None:
+                self.records.outdate(connection, [seq], now)
             self._after_update(connection, seq, old, change)
             return self.table.one(connection, seq, scope)
 
@@ -179,8 +182,7 @@ class DeclarativeMemory:
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, self.scope())
             gone = self._with_dependents(connection, seq)
-            self.table.delete(connection, gone, self._clock(), author)
-            self._after_delete(connection, gone)
+            self._delete(connection, gone, self._clock(), author)
 
     def history(self, memory_id: str) -> list[Version]:
         """Every version, oldest first. Raises NotFoundError."""
@@ -228,8 +230,7 @@ class DeclarativeMemory:
                     gone for seq in over for gone in self._with_dependents(connection, seq)
                 )
             )
-            self.table.delete(connection, seqs, now, author="ttl")
-            self._after_delete(connection, seqs)
+            self._delete(connection, seqs, now, "ttl")
         return len(seqs)
 
     def lookup(self, query: Any, limit: int, scope: Scope) -> list[Hit]:
@@ -300,6 +301,13 @@ class DeclarativeMemory:
     def _after_delete(self, connection: Connection, seqs: Sequence[int]) -> None: ...
 
     # Inside.
+
+    def _delete(
+        self, connection: Connection, seqs: Sequence[int], at: float, author: str | None
+    ) -> None:
+        self.table.delete(connection, seqs, at, author)
+        self.records.outdate(connection, seqs, at)
+        self._after_delete(connection, seqs)
 
     def scope(self, filters: Mapping[str, Any] | None = None) -> Scope:
         """What a call with these filters may see now."""

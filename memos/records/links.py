@@ -14,6 +14,7 @@ from memos.cube.identity import canonical
 from memos.records.schema import cubes, relations
 from memos.records.scope import DELETED, Scope
 
+LEARNT_FROM = "learnt_from"  # from what was trained on a cube to that cube
 _CHUNK = 500  # rows looked up in one statement
 
 
@@ -100,6 +101,33 @@ _EDGES = [
     select(relations).where(end.in_(bindparam("seqs", expanding=True)))
     for end in (relations.c.source, relations.c.target)
 ]
+
+
+def learners_of(
+    connection: Connection, seqs: Sequence[int], now: float
+) -> list[tuple[int, int, str]]:
+    """(memory, seq of a living cube, id of a source) for what was learnt from these cubes."""
+    return [
+        (int(row[0]), int(row[1]), row[2])
+        for part in chunks(seqs)
+        for row in connection.execute(_LEARNERS, {"seqs": part, "now": now})
+    ]
+
+
+_source = cubes.alias("source")
+_LEARNERS = (
+    select(cubes.c.memory, cubes.c.seq, _source.c.id)
+    .select_from(relations)
+    .join(cubes, cubes.c.seq == relations.c.source)
+    .join(_source, _source.c.seq == relations.c.target)
+    .where(
+        relations.c.target.in_(bindparam("seqs", expanding=True)),
+        relations.c.type == LEARNT_FROM,
+        cubes.c.state != DELETED,
+        or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > bindparam("now")),
+    )
+    .order_by(cubes.c.seq, _source.c.id)
+)
 
 
 def neighbours_of(

@@ -14,17 +14,19 @@ from sqlalchemy import Connection, select, true
 
 from memos.cube.identity import canonical
 from memos.errors import ArgumentError
-from memos.records.cubes import CubeTable
+from memos.records.cubes import Change, CubeTable
 from memos.records.database import Database, open_database
-from memos.records.schema import cubes, embedders, embeddings, memories
-from memos.records.scope import DELETED
+from memos.records.links import learners_of
+from memos.records.links import chunks
+from memos.records.schema import cubes, embedders, memories
+from memos.records.scope import DELETED, Scope
 
 if TYPE_CHECKING:
     from memos.records.vectors import VectorSearch
 
 
 class EmbeddingCache:
-    """Digest -> bytes, in the store's own file."""
+    """Digest -> bytes, in the store's own file. Who reads them checks them: they are a cache."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -32,13 +34,12 @@ class EmbeddingCache:
     def get_many(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         found: dict[bytes, bytes] = {}
         with self._database.read() as connection:
-            for start in range(0, len(digests), 500):
-                rows = connection.execute(
-                    select(embeddings).where(
-                        embeddings.c.digest.in_(list(digests[start : start + 500]))
-                    )
+            for part in chunks(digests):
+                marks = ", ".join("?" * len(part))
+                rows = connection.exec_driver_sql(
+                    f"SELECT digest, data FROM embeddings WHERE digest IN ({marks})", tuple(part)
                 )
-                found.update({row.digest: row.data for row in rows})
+                found.update({row[0]: row[1] for row in rows if isinstance(row[1], bytes)})
         return found
 
     def put_many(self, items: Mapping[bytes, bytes]) -> None:
@@ -46,7 +47,7 @@ class EmbeddingCache:
             return
         rows = list(items.items())
         with self._database.write() as connection:
-            connection.exec_driver_sql("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
+            connection.exec_driver_sql("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
 
 
 class Records:
@@ -127,6 +128,20 @@ class Records:
             .where(cubes.c.id == id, true() if dead else cubes.c.state != DELETED)
         )
         return [(int(row[0]), row[1]) for row in rows]
+
+    def outdate(self, connection: Connection, seqs: Sequence[int], at: float) -> None:
+        """Mark what was learnt from these cubes, which have changed or gone: a new version whose
+        metadata lists their ids under "stale"."""
+        changed: dict[tuple[int, int], list[str]] = {}
+        for memory, seq, source in learners_of(connection, seqs, at):
+            changed.setdefault((memory, seq), []).append(source)
+        for (memory, seq), sources in changed.items():
+            table = CubeTable(self.database, memory, "")
+            metadata = table.one(connection, seq, Scope({}, at)).metadata
+            stale = sorted({*metadata.get("stale", ()), *sources})
+            if stale != metadata.get("stale"):
+                change = Change(metadata={**metadata, "stale": stale}, author="memos")
+                table.update(connection, seq, change, at)
 
     # Vectors.
 
