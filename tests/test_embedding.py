@@ -19,14 +19,15 @@ import pytest
 np = pytest.importorskip("numpy")
 
 from memos.errors import ArgumentError, BackendError  # noqa: E402
+from memos.memories.embedded import Embedded  # noqa: E402
 from memos.records.embedding import (  # noqa: E402
-    CachedEmbedder,
     CallableEmbedder,
     Embedder,
     OpenAIEmbedder,
     SentenceEmbedder,
     resolve,
 )
+from memos.records.store import Records  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -500,7 +501,7 @@ def test_mistakes_about_a_server(arguments: dict[str, Any], message: str) -> Non
     assert "secret" not in str(caught.value)
 
 
-# Functions, caches, and what a user may pass
+# Functions, and what a user may pass
 
 
 def test_a_function_is_an_embedder() -> None:
@@ -532,14 +533,18 @@ def test_what_a_function_may_not_return(answer: Any, message: str) -> None:
         embedder.embed(["a", "b"])
 
 
-class DictCache(dict[bytes, bytes]):
-    def get_many(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
-        assert len(set(digests)) == len(digests)
-        return {d: self[d] for d in digests if d in self}
+# What a memory keeps of them
 
-    def put_many(self, items: Any) -> None:
-        assert all(len(d) == 32 and isinstance(v, bytes) for d, v in items.items())
-        self.update(items)
+
+def embedded(records: Records, name: str, embedder: Any, **more: Any) -> Embedded:
+    found = Embedded(name, embedder, **more)
+    found.bind(records, records.register(name, "text").memory)
+    return found
+
+
+def numbers(found: Sequence[tuple[bytes | None, bytes | None]], dtype: str = "<f4") -> Any:
+    """Stored vectors as an array."""
+    return np.stack([np.frombuffer(vector or b"", dtype) for vector, _ in found])
 
 
 def test_equal_texts_are_embedded_once() -> None:
@@ -549,41 +554,81 @@ def test_equal_texts_are_embedded_once() -> None:
         asked.append(list(texts))
         return vectors_of([kind + text for text in texts])
 
-    cache = DictCache()
-    embedder = CachedEmbedder(CallableEmbedder(function, 8, "one"), cache)
-    assert isinstance(embedder, Embedder)
-    assert (embedder.identity, embedder.dim) == ("one", 8)
+    records = Records(None)
+    one = embedded(records, "one", CallableEmbedder(function, 8, "f"), dtype="float32")
+    two = embedded(records, "two", CallableEmbedder(function, 8, "f"), dtype="float32")
     texts = ["a", "b", "a", "c", "b"]
     want = vectors_of(["document" + text for text in texts])
-    np.testing.assert_array_equal(embedder.embed(texts), want)
-    np.testing.assert_array_equal(embedder.embed(texts), want)
-    np.testing.assert_array_equal(embedder.embed(["d", "a"])[1], want[0])
+    np.testing.assert_array_equal(numbers(one.encode(texts)), want)
+    np.testing.assert_array_equal(numbers(two.encode(texts)), want)
+    np.testing.assert_array_equal(numbers(two.encode(["d", "a"]))[1], want[0])
     assert asked == [["a", "b", "c"], ["d"]]
-    np.testing.assert_array_equal(embedder.embed(["a"], "query"), vectors_of(["querya"]))
+    np.testing.assert_array_equal(one.query("a"), vectors_of(["querya"])[0])
     assert asked[2:] == [["a"]]
-    other = CachedEmbedder(CallableEmbedder(function, 8, "two"), cache)
-    other.embed(["a"])
-    assert asked[3:] == [["a"]]
-    assert len(cache) == 6
-    assert embedder.embed([]).shape == (0, 8)
-    embedder.embed(["\ud800"])  # half a surrogate pair is a str too
+    assert one.encode([]) == []
+    with pytest.raises(ArgumentError, match="UTF-8"):
+        one.encode(["\ud800"])
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("other", [("g", 8, "float32"), ("f", 6, "float32"), ("f", 8, "float16")])
+def test_another_embedder_dim_or_dtype_is_kept_apart(other: tuple[str, int, str]) -> None:
+    records = Records(None)
+    first = embedded(records, "first", CallableEmbedder(vectors_of, 8, "f"), dtype="float32")
+    first.encode(["a"])
+    name, dim, dtype = other
+    function = CallableEmbedder(lambda texts: -vectors_of(texts, dim), dim, name)
+    second = embedded(records, "second", function, dtype=dtype)
+    kind = "<f4" if dtype == "float32" else "<f2"
+    want = -vectors_of(["a"], dim)
+    np.testing.assert_array_equal(numbers(second.encode(["a"]), kind), want)
+    np.testing.assert_array_equal(numbers(second.encode(["a"]), kind), want)
+    np.testing.assert_array_equal(numbers(first.encode(["a"])), vectors_of(["a"]))
+
+
+def kept(records: Records) -> Any:
+    """What the cache holds of its one text."""
+    with records.database.read() as connection:
+        return connection.exec_driver_sql("SELECT data FROM embeddings").scalar_one()
+
+
+def damage(records: Records, data: Any) -> None:
+    with records.database.write() as connection:
+        connection.exec_driver_sql("UPDATE embeddings SET data = ?", (data,))
 
 
 def test_a_damaged_cache_entry_is_computed_again() -> None:
-    cache = DictCache()
-    embedder = CachedEmbedder(CallableEmbedder(vectors_of, 8, "one"), cache)
-    embedder.embed(["a"])
-    (digest,) = cache
-    for damage in (b"", b"abc", cache[digest][:-4], b"\xff" * 32):
-        cache[digest] = damage
-        np.testing.assert_array_equal(embedder.embed(["a"]), vectors_of(["a"]))
-        assert cache[digest] != damage
+    calls: list[list[str]] = []
+
+    def function(texts: list[str]) -> Any:
+        calls.append(texts)
+        return vectors_of(texts)
+
+    records = Records(None)
+    memory = embedded(records, "m", CallableEmbedder(function, 8, "f"), dtype="float32")
+    memory.encode(["a"])
+    whole = kept(records)
+    for bad in (b"", b"abc", whole[:-4], whole + b"\0", whole + whole, b"\xff" * 32, "text"):
+        damage(records, bad)
+        assert memory.encode(["a"]) == [(whole, None)]
+        assert kept(records) == whole
+        memory.encode(["a"])
+    assert len(calls) == 8
 
 
-def test_a_cache_passes_token_vectors_through(minilm: SentenceEmbedder) -> None:
-    embedder = CachedEmbedder(minilm, DictCache())
-    assert len(embedder.token_vectors(["one two"])[0]) == 2
-    assert not hasattr(CachedEmbedder(CallableEmbedder(vectors_of), DictCache()), "token_vectors")
+def test_token_signs_are_kept_with_the_vector(minilm: SentenceEmbedder) -> None:
+    records = Records(None)
+    memory = embedded(records, "m", minilm)
+    ((vector, signs),) = memory.encode(["one two"])
+    (tokens,) = minilm.token_vectors(["one two"])
+    assert vector == minilm.embed(["one two"])[0].astype("<f2").tobytes()
+    assert signs == np.packbits(tokens > 0, axis=1).tobytes()
+    whole = kept(records)
+    assert whole == vector + signs
+    for bad in (whole[:-1], whole + b"\0", whole[: len(vector) - 2]):
+        damage(records, bad)
+        assert memory.encode(["one two"]) == [(vector, signs)]
+        assert kept(records) == whole
 
 
 def test_resolve(minilm: SentenceEmbedder) -> None:

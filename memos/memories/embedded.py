@@ -84,16 +84,32 @@ class Embedded:
         cache = self._records.embedding_cache
         # With dim: two functions may have one name, and what is kept must fit.
         identity = f"memos embedding\0{embedder.identity}\0{embedder.dim}\0{self.dtype}"
-        digests = [digest(identity, text) for text in texts]
-        known = cache.get_many(list(dict.fromkeys(digests)))
-        missing = {d: text for d, text in zip(digests, texts, strict=True) if d not in known}
+        digests = {text: digest(identity, text) for text in texts}
+        kept = cache.get_many(list(digests.values()))
+        known = {text: kept[d] for text, d in digests.items() if self._is_whole(kept.get(d, b""))}
+        missing = [text for text in digests if text not in known]
         if missing:
-            fresh = dict(zip(missing, self._embed(list(missing.values())), strict=True))
-            cache.put_many(fresh)
+            fresh = dict(zip(missing, self._embed(missing), strict=True))
+            cache.put_many({digests[text]: data for text, data in fresh.items()})
             known |= fresh
-        size = embedder.dim * (4 if self.dtype == "float32" else 2)
         self.opened(embedder.dim, embedder.identity)
-        return [(known[d][:size], known[d][size:] or None) for d in digests]
+        size = self._size()
+        return [(known[text][:size], known[text][size:] or None) for text in texts]
+
+    def _size(self) -> int:
+        """Bytes of a vector."""
+        return int(self.embedder.dim) * (4 if self.dtype == "float32" else 2)
+
+    def _is_whole(self, data: bytes) -> bool:
+        """Whether this is a vector, and signs of whole tokens where the embedder gives them."""
+        import numpy
+
+        size = self._size()
+        signs = len(data) - size
+        if signs < 0 or (signs and not hasattr(self.embedder, "embed_with_tokens")):
+            return False
+        vector = numpy.frombuffer(data[:size], f"<f{4 if self.dtype == 'float32' else 2}")
+        return signs % -(-self.embedder.dim // 8) == 0 and bool(numpy.isfinite(vector).all())
 
     def _embed(self, texts: list[str]) -> list[bytes]:
         """Vector and token signs of each text, one after the other."""

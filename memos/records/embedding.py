@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from blake3 import blake3
-from numpy.typing import NDArray
 
 from memos.errors import ArgumentError
 from memos.records._embedding_http import OpenAIEmbedder
@@ -19,10 +17,8 @@ from memos.records._embedding_model import PACKAGE, SentenceEmbedder
 from memos.records._embedding_shared import Floats, Progress, check_kind, check_texts, checked
 
 __all__ = [
-    "CachedEmbedder",
     "CallableEmbedder",
     "Embedder",
-    "EmbeddingCache",
     "OpenAIEmbedder",
     "SentenceEmbedder",
     "resolve",
@@ -54,14 +50,6 @@ class Embedder(Protocol):
             kind:     "document" for what is stored, "query" for what is asked.
             progress: called with (done, total) texts.
         """
-
-
-class EmbeddingCache(Protocol):
-    """Where ``CachedEmbedder`` keeps vectors: digests of 32 bytes to float32 bytes."""
-
-    def get_many(self, digests: Sequence[bytes], /) -> Mapping[bytes, bytes]: ...
-
-    def put_many(self, items: Mapping[bytes, bytes], /) -> None: ...
 
 
 class CallableEmbedder:
@@ -121,67 +109,6 @@ class CallableEmbedder:
         if progress is not None:
             progress(len(wanted), len(wanted))
         return vectors
-
-
-class CachedEmbedder:
-    """An embedder that computes equal texts once.
-
-    Args:
-        embedder: the embedder behind.
-        cache:    where vectors are kept, under a digest of (identity, kind, text).
-
-    Cost: one read and at most one write of the cache a call.
-    """
-
-    def __init__(self, embedder: Embedder, cache: EmbeddingCache) -> None:
-        self._embedder, self._cache = embedder, cache
-
-    def __repr__(self) -> str:
-        return f"CachedEmbedder({self._embedder!r})"
-
-    def __getattr__(self, name: str) -> Any:  # what this embedder can beyond the protocol
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._embedder, name)
-
-    @property
-    def identity(self) -> str:
-        return self._embedder.identity
-
-    @property
-    def dim(self) -> int:
-        return self._embedder.dim
-
-    def embed(
-        self, texts: Sequence[str], kind: str = "document", progress: Progress | None = None
-    ) -> Floats:
-        """As the embedder's; only texts that are not in the cache reach it, each once."""
-        wanted = check_texts(texts)
-        check_kind(kind)
-        if not wanted:
-            return np.empty((0, self.dim), np.float32)
-        head = blake3(f"memos embedding\0{self.identity}\0{kind}\0".encode())
-        digests = []
-        for text in wanted:
-            hasher = head.copy()
-            hasher.update(text.encode(errors="surrogatepass"))
-            digests.append(hasher.digest())
-        distinct = list(dict.fromkeys(digests))
-        known: dict[bytes, NDArray[np.float32]] = {}
-        for digest, data in self._cache.get_many(distinct).items():
-            vector = np.frombuffer(bytes(data)[: len(data) // 4 * 4], "<f4")
-            # Anything else than a vector of this embedder is computed again.
-            if len(data) == 4 * self.dim and np.isfinite(vector).all():
-                known[digest] = vector
-        text_of = dict(zip(digests, wanted, strict=True))
-        missing = [digest for digest in distinct if digest not in known]
-        if missing:
-            vectors = self._embedder.embed([text_of[d] for d in missing], kind, progress)
-            known.update(zip(missing, vectors, strict=True))
-            self._cache.put_many(
-                {digest: known[digest].astype("<f4").tobytes() for digest in missing}
-            )
-        return np.stack([known[digest] for digest in digests]).astype(np.float32)
 
 
 def resolve(embedder: Any) -> Embedder | None:

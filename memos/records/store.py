@@ -16,8 +16,7 @@ from memos.cube.identity import canonical
 from memos.errors import ArgumentError
 from memos.records.cubes import Change, CubeTable
 from memos.records.database import Database, open_database
-from memos.records.links import learners_of
-from memos.records.links import chunks
+from memos.records.links import chunks, learners_of
 from memos.records.schema import cubes, embedders, memories
 from memos.records.scope import DELETED, Scope
 
