@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import http.server
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -569,6 +571,62 @@ def test_equal_texts_are_embedded_once() -> None:
     with pytest.raises(ArgumentError, match="UTF-8"):
         one.encode(["\ud800"])
     assert len(asked) == 3
+
+
+def test_two_functions_of_one_name_share_nothing(tmp_path: Path) -> None:
+    """In one store, in two, and in a process that goes on: a name does not tell them apart."""
+    first, second = (lambda t: vectors_of(t)), (lambda t: -vectors_of(t))
+    assert CallableEmbedder(first).identity == CallableEmbedder(second).identity
+    for records in (Records(None), Records(tmp_path)):
+        one = embedded(records, "one", first, dtype="float32")
+        two = embedded(records, "two", CallableEmbedder(second), dtype="float32")
+        for memory, sign in ((one, 1), (two, -1), (one, 1)):
+            np.testing.assert_array_equal(numbers(memory.encode(["a"])), sign * vectors_of(["a"]))
+            np.testing.assert_array_equal(memory.query("a"), sign * vectors_of(["a"])[0])
+
+
+class Model:
+    """An object that embeds, with its own numbers. All are equal, and none has a hash."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.queries: list[str] = []
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Model)
+
+    def embed_texts(self, texts: list[str], kind: str) -> Any:
+        self.queries += texts if kind == "query" else []
+        return vectors_of(texts) * (1 + id(self) % 1000)
+
+    def __call__(self, texts: list[str], kind: str) -> Any:
+        return self.embed_texts(texts, kind)
+
+
+@pytest.mark.parametrize("part", ["embed_texts", "__call__", "itself"])
+def test_one_function_is_asked_once_for_several_memories(part: str) -> None:
+    models, records = [Model(), Model()], Records(None)
+    for i, model in enumerate(models):
+        for name in ("one", "two"):
+            function = model if part == "itself" else getattr(model, part)
+            memory = embedded(records, f"{name} {i}", function, dtype="float32")
+            memory.encode(["a"])
+            want = vectors_of(["a"])[0] * (1 + id(model) % 1000)
+            np.testing.assert_array_equal(memory.query("a"), want)
+    assert [model.queries for model in models] == [["a"], ["a"]]
+
+
+def test_a_closed_memory_lets_its_function_go() -> None:
+    model, records = Model(), Records(None)
+    memory = embedded(records, "m", model.embed_texts)
+    memory.encode(["a"])
+    memory.query("a")
+    alive = weakref.ref(model)
+    memory.close()
+    del model, memory
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("other", [("g", 8, "float32"), ("f", 6, "float32"), ("f", 8, "float16")])

@@ -12,6 +12,7 @@ from memos.errors import ArgumentError
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+    from memos.records.embedding import FunctionKey
     from memos.records.scope import Scope
     from memos.records.store import Records
     from memos.records.vectors import VectorSearch
@@ -20,7 +21,7 @@ GIVEN = "vectors given by the application"  # their maker, where there is no emb
 Encoded = tuple[bytes | None, bytes | None]
 _KEPT = 256
 # Of this process: one query asks several memories.
-_queries: dict[tuple[str, int, str], tuple[Any, Any]] = {}
+_queries: dict[tuple[str | FunctionKey, int, str], tuple[Any, Any]] = {}
 _queries_lock = threading.Lock()
 
 
@@ -57,6 +58,14 @@ class Embedded:
     def close(self) -> None:
         if self._search is not None:
             self._search.close()
+        if self._embedder is None:
+            return
+        from memos.records.embedding import unnamed
+
+        if (function := unnamed(self._embedder)) is not None:  # its queries keep it alive
+            with _queries_lock:
+                for key in [key for key in _queries if key[0] == function]:
+                    del _queries[key]
 
     @property
     def embedder(self) -> Any:
@@ -73,24 +82,29 @@ class Embedded:
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """What is stored of each text: its vector, and signs of its token vectors.
 
-        A text that was embedded before, in any memory of the store, is not embedded again.
+        A text that was embedded before, in any memory of the store, is not embedded again; by a
+        function without an identity it is.
         """
         embedder = self.embedder
         if embedder is None or not texts:
             return [(None, None)] * len(texts)
+        from memos.records.embedding import unnamed
+
         assert self._records is not None
         for text in texts:
             _check(text)
         cache = self._records.embedding_cache
-        # With dim: two functions may have one name, and what is kept must fit.
+        is_kept = unnamed(embedder) is None
+        # With dim: what is kept must fit.
         identity = f"memos embedding\0{embedder.identity}\0{embedder.dim}\0{self.dtype}"
         digests = {text: digest(identity, text) for text in texts}
-        kept = cache.get_many(list(digests.values()))
+        kept = cache.get_many(list(digests.values())) if is_kept else {}
         known = {text: kept[d] for text, d in digests.items() if self._is_whole(kept.get(d, b""))}
         missing = [text for text in digests if text not in known]
         if missing:
             fresh = dict(zip(missing, self._embed(missing), strict=True))
-            cache.put_many({digests[text]: data for text, data in fresh.items()})
+            if is_kept:
+                cache.put_many({digests[text]: data for text, data in fresh.items()})
             known |= fresh
         self.opened(embedder.dim, embedder.identity)
         size = self._size()
@@ -136,6 +150,8 @@ class Embedded:
     def _query(self, text: str) -> tuple[Any, Any]:
         if self.search_or_none() is None or self.embedder is None:
             return None, None
+        from memos.records.embedding import unnamed
+
         embedder = self.embedder
         assert self._records is not None
         maker, dim = self._records.embedder_of(self._memory)
@@ -144,7 +160,7 @@ class Embedded:
                 return None, None
             self.opened(embedder.dim, embedder.identity)
         _check(text)
-        key = (embedder.identity, dim, text)
+        key = (unnamed(embedder) or embedder.identity, dim, text)
         with _queries_lock:
             if key in _queries:
                 return _queries[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import threading
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -59,7 +60,8 @@ class CallableEmbedder:
         function: from texts, list of str, to numbers [n, dim]; one with a parameter ``kind`` is
             told "document" or "query" in it.
         dim:      None: as the function's first answer.
-        identity: changes whenever the function's numbers do; default: the function's name.
+        identity: changes whenever the function's numbers do. None: the function's name, which
+            does not tell two functions apart: then no vectors are kept for equal texts.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class CallableEmbedder:
             raise ArgumentError(f"function: a callable wanted, {function!r} came")
         named = function if hasattr(function, "__qualname__") else type(function)
         self.identity = identity or f"callable:{named.__module__}.{named.__qualname__}"
+        self.is_named = bool(identity)
         self._function, self._dim = function, dim
         self._takes_kind = _takes_kind(function)
         self._lock = threading.Lock()
@@ -109,6 +112,30 @@ class CallableEmbedder:
         if progress is not None:
             progress(len(wanted), len(wanted))
         return vectors
+
+
+class FunctionKey:
+    """Equal for one and the same function, or method of one and the same object; keeps it alive."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._parts: tuple[object, ...] = (function,)
+        if isinstance(function, types.MethodType):  # made anew whenever it is asked for
+            self._parts = function.__self__, function.__func__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionKey) and list(map(id, self._parts)) == list(
+            map(id, other._parts)
+        )
+
+    def __hash__(self) -> int:
+        return hash(tuple(map(id, self._parts)))
+
+
+def unnamed(embedder: Embedder | None) -> FunctionKey | None:
+    """Tells a function without an identity from others of its name; None for everything else."""
+    if isinstance(embedder, CallableEmbedder) and not embedder.is_named:
+        return FunctionKey(embedder._function)
+    return None
 
 
 def resolve(embedder: Any) -> Embedder | None:
