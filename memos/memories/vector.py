@@ -128,17 +128,30 @@ class VectorMemory(DeclarativeMemory):
                     f"content: memory {self.name!r} has no embedder, so it wants a vector; pass "
                     "embedder= , or embedder='auto' with pip install 'memos-native[embed]'"
                 )
-            vector = self.embedded.embedder.embed([text], "document")[0]
-        data = self._vector("content", vector).tobytes()
-        return text, {"vector": base64.b85encode(data).decode(), "text": text}
+            return text, None
+        return text, _content(self._vector("content", vector), text)
 
     def _prepare(self, news: Sequence[New], items: Sequence[Mapping[str, Any]]) -> None:
+        texts = [new for new in news if new.content is None]
+        for new, content in zip(texts, self._embed([new.text for new in texts]), strict=True):
+            new.content = content
         for new in news:
             new.vector = self._stored(new.content)
 
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         change.text, change.content = self._read(content)
+        if change.content is None:
+            (change.content,) = self._embed([change.text])
         change.vector = self._stored(change.content)
+
+    def _embed(self, texts: Sequence[str]) -> list[dict[str, str]]:
+        """Content of texts that came without a vector: one call of the embedder."""
+        distinct = list(dict.fromkeys(texts))
+        if not distinct:
+            return []
+        vectors = self.embedded.embedder.embed(distinct, "document")
+        by_text = dict(zip(distinct, vectors, strict=True))
+        return [_content(self._vector("content", by_text[text]), text) for text in texts]
 
     def _stored(self, content: Any) -> bytes:
         vector = _shown(content)["vector"]
@@ -169,6 +182,11 @@ class VectorMemory(DeclarativeMemory):
         if self.dim is None:
             self.dim = len(vector)
         return vector
+
+
+def _content(vector: Any, text: str) -> dict[str, str]:
+    """Content as it is stored."""
+    return {"vector": base64.b85encode(vector.tobytes()).decode(), "text": text}
 
 
 def _shown(content: Any) -> Any:
