@@ -79,9 +79,15 @@ def remove_folder(path: Path, *, durable: bool) -> None:
     shutil.rmtree(gone)
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """What killed writers left in ``folder``."""
-    return [folder / n for n in sorted(os.listdir(folder)) if n.startswith((TEMP, DELETED))]
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; only while no one writes there."""
+    for name in os.listdir(folder):
+        if name.startswith((TEMP, DELETED)):
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -104,13 +110,15 @@ def locked(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def read_exactly(fd: int, into: memoryview, path: Path) -> None:
-    """Fill ``into`` from the file's position. Raises StoreError: the file ended before."""
+def read_exactly(fd: int, into: memoryview, offset: int, path: Path) -> None:
+    """Fill ``into`` from this offset on. Raises StoreError: the file ends before."""
     while into.nbytes:
-        got = os.readv(fd, [into])
+        got = os.preadv(fd, [into], offset)
         if not got:
-            raise StoreError(f"{path}: {into.nbytes} bytes more wanted, but the file was cut off")
-        into = into[got:]
+            raise StoreError(
+                f"{path}: damaged: {into.nbytes} bytes more wanted, but the file was cut off"
+            )
+        into, offset = into[got:], offset + got
 
 
 def _write(path: Path, pieces: Sequence[Bytes], durable: bool) -> None:

@@ -95,7 +95,7 @@ def parse_header(text: bytes, payload_bytes: int, where: str) -> tuple[list[Entr
     """
     found = parse_json(text, where)
     metadata = found.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not are_strings(metadata):
         raise ArgumentError(f"{where}: {METADATA} of strings wanted, got {_short(metadata)}")
     entries = [_entry(name, value, where) for name, value in found.items()]
     entries.sort(key=lambda entry: (entry.start, entry.end))
@@ -114,6 +114,11 @@ def parse_header(text: bytes, payload_bytes: int, where: str) -> tuple[list[Entr
             "file is cut off or has bytes too many"
         )
     return entries, metadata
+
+
+def are_strings(metadata: Any) -> bool:
+    """Is this what a header may have as its metadata?"""
+    return isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
 
 
 def build_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:

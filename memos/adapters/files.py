@@ -118,7 +118,7 @@ def read_packed(path: Path) -> Packed:
             first = os.read(fd, LENGTH_BYTES)
             n = header_bytes(first, size, where)
             data = numpy.empty(size - LENGTH_BYTES, numpy.uint8)
-            _disk.read_exactly(fd, data.data, path / MODEL)
+            _disk.read_exactly(fd, data.data, LENGTH_BYTES, path / MODEL)
         except StoreError as error:  # shrank while it was read
             raise ArgumentError(str(error)) from None
         finally:

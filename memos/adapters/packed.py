@@ -15,7 +15,6 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from memos import settings
 from memos.adapters._safetensors import ITEM_BYTES, Entry
 from memos.adapters.adapter import MAX_RANK, Adapter, Factors
 from memos.errors import ArgumentError
@@ -26,7 +25,7 @@ PREFIX = "base_model.model."  # PEFT's, before the name of the layer
 _EXPONENT = {"F32": (numpy.uint32, 0x7F800000), "F16": (numpy.uint16, 0x7C00),
              "BF16": (numpy.uint16, 0x7F80)}  # fmt: skip
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
-_HASH_THREADS_FROM = 1 << 20  # fewer bytes are hashed before a second thread is awake
+LEAF_BYTES = 1 << 20
 _MAX_SCALE = float(numpy.finfo(numpy.float32).max)
 _MAGIC = b"memos adapter 1\n"
 
@@ -72,10 +71,10 @@ class Packed:
 
     def digest(self) -> str:
         """See ``files.digest``."""
-        hasher = begin_digest(self.layers)
-        for start, end in ranges(self.layers):
-            update(hasher, self.payload[start:end])
-        return str(hasher.hexdigest())
+        parts = [
+            [self.payload[start:end] for start, end in leaf.ranges] for leaf in leaves(self.layers)
+        ]
+        return finish(begin_digest(self.layers), [hash_leaf(*part) for part in parts])
 
     def check_finite(self, where: str) -> None:
         """Raise ArgumentError naming the first tensor with a NaN or an infinity."""
@@ -117,26 +116,28 @@ def canonical(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     return tuple(sorted(layers, key=lambda layer: (-ITEM_BYTES[layer.dtype], layer.name)))
 
 
-def begin_digest(layers: Sequence[Layer]) -> Any:
-    """A hasher that has taken in everything but the tensors' bytes."""
-    table = [
-        [layer.name, layer.rank, layer.inputs, layer.outputs, layer.dtype, scale_bits(layer.scale)]
-        for layer in layers
-    ]
-    text = json.dumps(table, separators=(",", ":")).encode()
-    return blake3(_MAGIC + struct.pack("<Q", len(text)) + text)
+class Leaf(NamedTuple):
+    """Neighbouring layers, hashed on their own: ``layers[first:last]``, whose bytes lie in
+    ``ranges`` (one range where the payload is in canonical order)."""
+
+    first: int
+    last: int
+    ranges: tuple[tuple[int, int], ...]
 
 
-def update(hasher: Any, data: Any) -> None:
-    """Hash bytes, with several threads where they pay."""
-    if len(data) >= _HASH_THREADS_FROM and settings.num_threads() > 1:
-        hasher.update(data, max_threads=settings.num_threads())
-    else:
-        hasher.update(data)
+def leaves(layers: Sequence[Layer]) -> list[Leaf]:
+    """Cut layers in canonical order where they reach 1 MiB: what one thread reads and hashes."""
+    found: list[Leaf] = []
+    first, size = 0, 0
+    for i, layer in enumerate(layers):
+        size += layer.down_bytes + layer.up_bytes
+        if size >= LEAF_BYTES or i + 1 == len(layers):
+            found.append(Leaf(first, i + 1, _ranges(layers[first : i + 1])))
+            first, size = i + 1, 0
+    return found
 
 
-def ranges(layers: Sequence[Layer]) -> list[tuple[int, int]]:
-    """Where the bytes of all tensors lie, in canonical order; neighbours in one piece."""
+def _ranges(layers: Sequence[Layer]) -> tuple[tuple[int, int], ...]:
     found: list[tuple[int, int]] = []
     for layer in layers:
         for start, size in ((layer.down_at, layer.down_bytes), (layer.up_at, layer.up_bytes)):
@@ -144,7 +145,36 @@ def ranges(layers: Sequence[Layer]) -> list[tuple[int, int]]:
                 found[-1] = (found[-1][0], start + size)
             else:
                 found.append((start, start + size))
-    return found
+    return tuple(found)
+
+
+def is_dense(layers: Sequence[Layer]) -> bool:
+    """Do the bytes of these layers lie one after another, in this order, from 0 on?"""
+    found = _ranges(layers)
+    return len(found) == 1 and found[0][0] == 0
+
+
+def begin_digest(layers: Sequence[Layer]) -> bytes:
+    """What a digest takes in before the leaves: everything but the tensors' bytes."""
+    table = [
+        [layer.name, layer.rank, layer.inputs, layer.outputs, layer.dtype, scale_bits(layer.scale)]
+        for layer in layers
+    ]
+    text = json.dumps(table, separators=(",", ":")).encode()
+    return _MAGIC + struct.pack("<Q", len(text)) + text
+
+
+def hash_leaf(*pieces: NDArray[numpy.uint8]) -> bytes:
+    """BLAKE3 of the bytes of a leaf."""
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece.data)
+    return bytes(hasher.digest())
+
+
+def finish(begin: bytes, hashes: Sequence[bytes]) -> str:
+    """The digest of ``begin_digest`` and all leaves."""
+    return str(blake3(begin + b"".join(hashes)).hexdigest())
 
 
 def scale_bits(scale: float) -> int:
