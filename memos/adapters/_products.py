@@ -42,7 +42,7 @@ def check_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> tupl
     for i, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         if not math.isfinite(weight):
             raise ArgumentError(f"weights[{i}]: a finite number wanted, got {weight}")
-        for key in ("use_dora", "lora_bias"):
+        for key in ("use_dora", "lora_bias", "alora_invocation_tokens"):
             if adapter.config.get(key):
                 raise ArgumentError(f"adapters[{i}]: {key} is more than products of factors")
     return tuple(float(weight) for weight in weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,9 +156,6 @@ def _check_bases(adapters: Sequence[Adapter]) -> Any:
                 f"adapters: one base model wanted; adapters[{named[0][0]}] is of {named[0][1]!r}, "
                 f"adapters[{i}] of {base!r}"
             )
-    tokens = [adapter.config.get("alora_invocation_tokens") for adapter in adapters]
-    if tokens.count(tokens[0]) != len(tokens):
-        raise ArgumentError(f"adapters: the same alora_invocation_tokens wanted, got {tokens}")
     return named[0][1] if named else None
 
 
@@ -211,13 +209,7 @@ def _config(adapters: Sequence[Adapter], factors: dict[str, Factors]) -> dict[st
     """What PEFT loads: layers by their full names, patterns where they are not as most are."""
     config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "lora_dropout": 0.0}
     config |= {"inference_mode": True, "use_rslora": False, "use_dora": False}
-    for key in (
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "fan_in_fan_out",
-        "alora_invocation_tokens",
-    ):
+    for key in ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out"):
         said = [a.config[key] for a in adapters if a.config.get(key) is not None]
         if said:
             config[key] = said[0]
@@ -226,8 +218,8 @@ def _config(adapters: Sequence[Adapter], factors: dict[str, Factors]) -> dict[st
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config |= {"r": r, "lora_alpha": alpha, "target_modules": sorted(factors)}
-    config["rank_pattern"] = {name: n for name, n in ranks.items() if n != r}
-    config["alpha_pattern"] = {name: a for name, a in alphas.items() if a != alpha}
+    config["rank_pattern"] = {f"^{re.escape(k)}": n for k, n in ranks.items() if n != r}
+    config["alpha_pattern"] = {f"^{re.escape(k)}": a for k, a in alphas.items() if a != alpha}
     return config
 
 
