@@ -116,8 +116,10 @@ def test_wrong_contents_are_named(content: Any, message: str) -> None:
     assert memory.cubes() == []
 
 
-def test_a_vector_of_another_dim_stores_nothing() -> None:
+def test_a_text_that_gives_no_vector_stores_nothing() -> None:
     memory = opened(dim=3, embedder=Asked())
+    with pytest.raises(ArgumentError, match="UTF-8"):
+        memory.add("\ud800")
     with pytest.raises(ArgumentError, match=r"content: shape \[3\] wanted, got \[6\]"):
         memory.add_many([{"content": [1, 2, 3]}, {"content": "a text"}])
     assert memory.cubes() == []

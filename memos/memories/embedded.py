@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memos.cube.identity import digest
+from memos.cube.utf8 import check_utf8
 from memos.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Embedded:
 
         assert self._records is not None
         for text in texts:
-            _check(text)
+            check_utf8(text)
         cache = self._records.embedding_cache
         is_kept = unnamed(embedder) is None
         # With dim: what is kept must fit.
@@ -159,7 +160,7 @@ class Embedded:
             if self._wish == "auto":  # the local model did not make these vectors
                 return None, None
             self.opened(embedder.dim, embedder.identity)
-        _check(text)
+        check_utf8(text)
         key = (unnamed(embedder) or embedder.identity, dim, text)
         with _queries_lock:
             if key in _queries:
@@ -215,12 +216,3 @@ class Embedded:
                 f"not by {identity} ({dim}); pass that embedder, or make a new memory"
             )
         return search
-
-
-def _check(text: str) -> None:
-    """Raises ArgumentError for a text that cannot be stored, before a tokenizer chokes on it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        wrong = text[error.start]
-        raise ArgumentError(f"text: what UTF-8 can hold wanted, got {wrong!r}") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from memos.cube.identity import canonical
+from memos.cube.utf8 import check_utf8
 from memos.errors import ArgumentError
 
 NODE, RELATIONSHIP = "node", "relationship"
@@ -219,12 +220,7 @@ def _properties(given: Any, what: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ArgumentError(f"{what}: a dict wanted, got {_shown(given)}")
     text = canonical(dict(given), what)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ArgumentError(
-            f"{what}: text that UTF-8 can hold wanted, got a lone surrogate"
-        ) from None
+    check_utf8(text, what)
     found: dict[str, Any] = json.loads(text)  # in one order, so that equal ones have equal texts
     return found
 

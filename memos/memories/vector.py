@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memos.cube import Hit, MemCube
+from memos.cube.utf8 import check_utf8
 from memos.errors import ArgumentError
 from memos.memories.declarative import DeclarativeMemory
 from memos.memories.embedded import GIVEN, Embedded
@@ -128,6 +129,7 @@ class VectorMemory(DeclarativeMemory):
                     f"content: memory {self.name!r} has no embedder, so it wants a vector; pass "
                     "embedder= , or embedder='auto' with pip install 'memos-native[embed]'"
                 )
+            check_utf8(text)
             return text, None
         return text, _content(self._vector("content", vector), text)
 

@@ -21,6 +21,7 @@ import sqlalchemy
 from sqlalchemy import Connection, event, select
 from sqlalchemy.pool import QueuePool, StaticPool
 
+from memos.cube.utf8 import utf8_error
 from memos.errors import ArgumentError, StoreError, StoreLockedError
 from memos.records.schema import FORMAT, store, tables
 
@@ -196,9 +197,8 @@ class Database:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             # Only what is stored is read here.
             raise StoreError(f"{self.path}: damaged, other text wanted ({error})") from error
-        except UnicodeEncodeError as error:  # a lone surrogate
-            wrong = error.object[error.start]
-            raise ArgumentError(f"text: what UTF-8 can hold wanted, got {wrong!r}") from error
+        except UnicodeEncodeError as error:
+            raise utf8_error(error) from error
 
 
 def open_database(

@@ -36,6 +36,7 @@ from sqlalchemy import (
     true,
 )
 
+from memos.cube.utf8 import check_utf8
 from memos.errors import ArgumentError
 from memos.records.schema import cubes, facts
 
@@ -187,7 +188,7 @@ class _Compiler:
             raise ArgumentError(
                 f"filters: {key!r} wants one of {', '.join(_OPERATORS)}, got {name!r}"
             )
-        _utf8(key, key)
+        check_utf8(key, f"filters: {key!r}")
         if name in ("$in", "$nin"):
             if not isinstance(value, list | tuple | set | frozenset):
                 raise ArgumentError(f"filters: {key!r} {name} wants a list, got {value!r}")
@@ -251,7 +252,7 @@ def _value(key: str, name: str, value: Any) -> tuple[int, int | float, str]:
             f"filters: {key!r} {name} wants a string, number, true, false or null, got {value!r}"
         )
     if isinstance(value, str):
-        _utf8(key, value)
+        check_utf8(value, f"filters: {key!r}")
     elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise ArgumentError(f"filters: {key!r} {name} wants at most {_MAX_BITS:,} bits of a number")
     kind, number, string = _typed(value)
@@ -274,16 +275,7 @@ def _of_field(key: str, name: str, value: Any) -> Any:
         kind = "a number" if key in _NUMBERS else "a string"
         raise ArgumentError(f"filters: {key!r} {name} wants {kind}, got {value!r}")
     if isinstance(value, str):
-        _utf8(key, value)
+        check_utf8(value, f"filters: {key!r}")
     elif isinstance(value, int) and value.bit_length() > 63:
         return math.inf if value > 0 else -math.inf
     return value
-
-
-def _utf8(key: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ArgumentError(
-            f"filters: {key!r} wants text that UTF-8 can hold, got {text[error.start]!r}"
-        ) from None
