@@ -15,14 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import (
-    Column,
     ColumnElement,
     Connection,
-    Integer,
     MetaData,
     Select,
     Table,
-    Text,
     and_,
     bindparam,
     exists,
@@ -36,7 +33,7 @@ from memos.cube.identity import canonical
 from memos.records.cubes import CubeTable, New, content_digest
 from memos.records.filters import compile_filter, facts_of
 from memos.records.links import chunks
-from memos.records.schema import Number, cubes, relations
+from memos.records.schema import cubes, fact_columns, relations
 from memos.records.scope import DELETED, Scope, lives
 
 NODE, RELATIONSHIP = "node", "relationship"
@@ -44,17 +41,7 @@ DIRECTIONS = ("out", "in", "both")
 
 tables = MetaData()
 
-graph_facts = Table(
-    "graph_facts",
-    tables,
-    Column("memory", Integer, primary_key=True),
-    Column("key", Text, primary_key=True),
-    Column("type", Integer, primary_key=True),
-    Column("number", Number, primary_key=True),
-    Column("string", Text, primary_key=True),
-    Column("seq", Integer, primary_key=True),
-    sqlite_with_rowid=False,
-)
+graph_facts = Table("graph_facts", tables, *fact_columns(), sqlite_with_rowid=False)
 _LABEL, _ANY = -1, -2  # in ``type``: a label in ``string``; every node
 _PAGE = 256  # candidates read at once
 

@@ -142,16 +142,24 @@ versions = Table(
     sqlite_with_rowid=False,
 )
 
+
+def fact_columns() -> list[Column[Any]]:
+    """Columns of a table of facts: which cube has which scalar under which key."""
+    return [
+        Column("memory", Integer, primary_key=True),
+        Column("key", Text, primary_key=True),
+        Column("type", Integer, primary_key=True),
+        Column("number", Number, primary_key=True),
+        Column("string", Text, primary_key=True),
+        Column("seq", Integer, primary_key=True),
+    ]
+
+
 # One row for each scalar in the metadata: what filters look up.
 facts = Table(
     "facts",
     tables,
-    Column("memory", Integer, primary_key=True),
-    Column("key", Text, primary_key=True),
-    Column("type", Integer, primary_key=True),
-    Column("number", Number, primary_key=True),
-    Column("string", Text, primary_key=True),
-    Column("seq", Integer, primary_key=True),
+    *fact_columns(),
     Index("facts_string", "memory", "type", "string", "key"),
     sqlite_with_rowid=False,
 )
