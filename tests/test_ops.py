@@ -134,20 +134,42 @@ def hash_cases() -> Iterator[tuple[str, tuple]]:
     yield "some", (list(range(1000)), 64, b"k" * 32, bytes(32), b"i" * 32)
 
 
+def plan_cases() -> Iterator[tuple[str, tuple]]:
+    for label, slots, num_slots in (
+        ("none", [], 1),
+        ("one", [0], 1),
+        ("base alone", [-1, -1], 3),
+        ("mixed", [i * 7 % 5 - 1 for i in range(100)], 6),
+    ):
+        yield label, (torch.tensor(slots, dtype=torch.int64), num_slots)
+
+
+def merge_cases() -> Iterator[tuple[str, tuple]]:
+    g = torch.Generator().manual_seed(3)
+    for dtype in DTYPES:
+        factors = (torch.randn(*shape, generator=g) for shape in ((9, 33), (8, 33), (9, 8)))
+        yield str(dtype), (*(x.to(dtype) for x in factors), 0.5)
+
+
 CASES = {
     "gather_blocks": block_cases,
     "write_blocks": write_cases,
     "pack_kv": pack_cases,
     "unpack_kv": unpack_cases,
     "hash_blocks": hash_cases,
+    "plan_adapters": plan_cases,
+    "merge_adapter": merge_cases,
 }
+# Sums in another order are not bit-equal: its cases and their tolerance stand in that file.
+ELSEWHERE = {"apply_adapters_": "test_adapter_ops.py"}
 
 
 def test_every_op_has_cases() -> None:
-    assert set(CASES) == set(kernels.ops)
+    assert {*CASES, *ELSEWHERE} == set(kernels.ops)
 
 
 def isas() -> list[str]:
+    # avx512bf16 has all kernels but that of test_adapter_ops.py from avx512.
     return ["avx512", "avx2", "baseline"] if _native.missing() is None else ["native"]
 
 
@@ -167,6 +189,8 @@ def bytes_of(x: object) -> object:
     """Tensors as bytes (NaN equals itself); what is no tensor is left out."""
     if isinstance(x, torch.Tensor):
         return x.contiguous().view(torch.uint8)
+    if isinstance(x, kernels.AdapterPlan):
+        x = [x.order, x.starts, torch.tensor([x.tokens])]
     return [bytes_of(y) for y in x] if isinstance(x, list | tuple) else None
 
 

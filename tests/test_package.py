@@ -176,11 +176,12 @@ def test_the_wheel_runs_elsewhere(installed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_passes_the_op_tests(installed: Path, tmp_path: Path) -> None:
-    for name in ("conftest.py", "test_ops.py"):
+    tests = ("test_ops.py", "test_adapter_ops.py")
+    for name in ("conftest.py", *tests):
         shutil.copy(ROOT / "tests" / name, tmp_path)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib -q\n")
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "pytest", "-p", "no:cacheprovider", "test_ops.py"],
+        [sys.executable, "-S", "-m", "pytest", "-p", "no:cacheprovider", *tests],
         timeout=600,
         **elsewhere(installed, tmp_path),
     )

@@ -45,6 +45,15 @@ void cpu_write_rows(i64 dst, i64 ids, i64 first, i64 last, i64 row_bytes, i64 sr
   memos::cpu::chosen().write_rows(bytes_at(dst), ids_at(ids), first, last, row_bytes,
                                   bytes_at(src));
 }
+i64 cpu_plan_adapters(i64 slots, i64 T, i64 num_slots, i64 order, i64 starts) {
+  return memos::cpu::plan_adapters(ids_at(slots), T, num_slots, reinterpret_cast<i64*>(order),
+                                   reinterpret_cast<i64*>(starts));
+}
+i64 cpu_apply_adapters(i64 table, i64 module, i64 plan, i64 y, i64 y_stride, i64 x, i64 x_stride,
+                       i64 first, i64 last) {
+  return memos::cpu::chosen().apply_adapters({table, module, plan, y, y_stride, x, x_stride}, first,
+                                             last);
+}
 i64 first_out_of_range(i64 ids, i64 count, i64 n) {
   return memos::cpu::first_out_of_range(ids_at(ids), count, n);
 }
@@ -62,5 +71,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_unpack_kv", &cpu_unpack_kv, nogil);
   m.def("cpu_gather_rows", &cpu_gather_rows, nogil);
   m.def("cpu_write_rows", &cpu_write_rows, nogil);
+  m.def("cpu_plan_adapters", &cpu_plan_adapters, nogil);
+  m.def("cpu_apply_adapters", &cpu_apply_adapters, nogil);
   m.def("first_out_of_range", &first_out_of_range, nogil);
 }

@@ -1,8 +1,9 @@
-// The kernels for one instruction set; see kernels.inl.
+// The kernels for one instruction set; see kernels.inl and adapters.inl.
 #define MEMOS_LANES 8
+#include "cpu/adapters.inl"
 #include "cpu/kernels.inl"
 
 namespace memos::cpu {
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", pack_kv, unpack_kv, gather_rows, write_rows};
+const Kernels kAvx2 = {"avx2", pack_kv, unpack_kv, gather_rows, write_rows, apply_adapters};
 }  // namespace memos::cpu

@@ -29,6 +29,33 @@ struct KvCall {
 };
 constexpr i64 kKvCallFields = sizeof(KvCall) / sizeof(i64);
 
+// Of one slot and one module; all zero: that module stays as it is. A row of AdapterTable.rows in
+// memos/kernels/adapters.py.
+struct AdapterFactors {
+  i64 down;   // address of [R, I], contiguous
+  i64 up;     // address of [R, O], contiguous: transposed, so that outputs are neighbours
+  i64 R;      // a multiple of 8, at most 512
+  i64 scale;  // the bits of a float
+};
+
+struct AdapterTable {
+  i64 rows;    // address of AdapterFactors[num_slots][num_modules]
+  i64 shapes;  // address of int64[num_modules][2]: I, O
+  i64 num_slots, num_modules, dtype;
+};
+
+struct AdapterPlan {
+  i64 order;   // address of int64[n]: the tokens that have an adapter, sorted by slot
+  i64 starts;  // address of int64[num_slots + 1]: where the tokens of a slot begin in `order`
+  i64 T;       // tokens of the batch
+};
+
+// One call of apply_adapters.
+struct AdapterCall {
+  i64 table, module, plan;       // addresses of AdapterTable and AdapterPlan
+  i64 y, y_stride, x, x_stride;  // addresses of [T, O] and [T, I]; strides in elements
+};
+
 struct Kernels {
   const char* isa;
   // Tasks [first, last) of M * L; task t is block t % M of layer t / M.
@@ -39,12 +66,18 @@ struct Kernels {
                       char* dst);
   void (*write_rows)(char* dst, const i64* ids, i64 first, i64 last, i64 row_bytes,
                      const char* src);
+  // y[t] += scale * (x[t] A) B for the tokens t = order[i], i in [first, last).
+  // Returns -1, or an i where t is not in [0, T): nothing is written then. REQUIRES: no two t
+  // equal.
+  i64 (*apply_adapters)(const AdapterCall& call, i64 first, i64 last);
 };
 
 extern const Kernels kBaseline;
 #if defined(MEMOS_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+i64 apply_adapters_avx512bf16(const AdapterCall& call, i64 first, i64 last);
 #endif
 
 // dispatch.cpp
@@ -54,5 +87,8 @@ const char* why_not(const Kernels& kernels);
 i64 num_isas();
 const Kernels& isa_at(i64 i);
 i64 first_out_of_range(const i64* ids, i64 count, i64 n);  // -1: none
+// Counting sort of tokens by slot, stable; tokens of slot -1 are left out. Returns how many are in
+// `order`, or -1 - i where slots[i] is not in [-1, num_slots). starts: int64[num_slots + 1].
+i64 plan_adapters(const i64* slots, i64 T, i64 num_slots, i64* order, i64* starts);
 
 }  // namespace memos::cpu

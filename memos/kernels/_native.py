@@ -32,11 +32,13 @@ def _load() -> tuple[Any, str | None]:
     return _C, None
 
 
+@functools.lru_cache(maxsize=1)
 def missing() -> str | None:
     """None when the native core runs here, else why not."""
     return _load()[1]
 
 
+@functools.lru_cache(maxsize=1)
 def core() -> Any:
     """The native module. Raises BackendError when it is not there."""
     module, why = _load()
@@ -46,7 +48,7 @@ def core() -> Any:
 
 
 def isa() -> str:
-    """The instruction set in use: baseline, avx2 or avx512."""
+    """The instruction set in use: baseline, avx2, avx512 or avx512bf16."""
     return str(core().isa())
 
 
@@ -57,7 +59,9 @@ def isas() -> dict[str, str]:
 
 def parallel(work: Callable[[int, int], object], count: int, total_bytes: int) -> None:
     """Run ``work(first, last)`` over [0, count), split over threads when the bytes pay for it."""
-    n = min(settings.num_threads(), count, 1 + total_bytes // _BYTES_PER_THREAD)
+    n = min(count, 1 + total_bytes // _BYTES_PER_THREAD)
+    if n > 1:  # asking for the threads costs 2 us
+        n = min(n, settings.num_threads())
     if n <= 1:
         if count:
             work(0, count)
