@@ -196,10 +196,6 @@ class StoredSlabs:
         """See ``SlabLayout.load``."""
         return self.layout.load(self.store, digest, pin=self.pin)
 
-    def stats(self) -> dict[str, int | None]:
-        """Of the store: bytes, budget, adapters."""
-        return self.store.stats()
-
 
 def empty_slab(num_bytes: int, pin: bool = False) -> torch.Tensor:
     """Memory for a slab: uint8 [num_bytes] on the CPU, aligned to 256 bytes."""
