@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch", reason="adapters are torch tensors")
 
-from memos.adapters import _products, into_base  # noqa: E402
+from memos.adapters import _products  # noqa: E402
 from memos.adapters.adapter import MAX_RANK, Adapter, Factors  # noqa: E402
 from memos.adapters.merge import METHODS, combine, merge_into_base  # noqa: E402
 from memos.errors import ArgumentError  # noqa: E402
@@ -486,7 +486,7 @@ MODELS = {"llama": llama, "gpt2": gpt2}
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merged_weights_are_rounded_once_and_the_base_comes_back(
     kind: str, dtype: torch.dtype
 ) -> None:
@@ -503,8 +503,7 @@ def test_merged_weights_are_rounded_once_and_the_base_comes_back(
         want = weights[f"{name}.weight"] + (delta if kind == "llama" else delta.T)
         got = model.get_submodule(name).weight
         assert got.dtype == dtype
-        work = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-        one_rounding = torch.finfo(dtype).eps / 2 * want.abs() + 50 * work.eps
+        one_rounding = torch.finfo(dtype).eps / 2 * want.abs() + 6e-6
         assert bool(((got.double() - want).abs() <= one_rounding).all())
     assert merged.num_bytes == sum(model.get_submodule(n).weight.nbytes for n in shapes)
     for name, (_, _, data) in before.items():
@@ -606,18 +605,6 @@ def test_tying_or_moving_meanwhile_is_named() -> None:
     assert bytes_of(model) == before
 
 
-def test_a_weight_is_made_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, parts = gpt2(torch.bfloat16), gpt2(torch.bfloat16)
-    adapter = random_adapter(1, shapes_of(whole))
-    merge_into_base(whole, adapter)
-    monkeypatch.setattr(into_base, "BLOCK_BYTES", 1000)
-    merge_into_base(parts, adapter)
-    for (name, want), (_, got) in zip(
-        whole.named_parameters(), parts.named_parameters(), strict=True
-    ):
-        torch.testing.assert_close(got, want, rtol=0.01, atol=1e-3, msg=name)
-
-
 class Stubborn(torch.nn.Linear):
     """Takes no other weight once it is locked."""
 
@@ -637,6 +624,8 @@ def layer_of(kind: str) -> torch.nn.Module:
         linear = torch.nn.Linear(32, 32)
         data = linear.weight.data.to(torch.float8_e4m3fn)
         linear.weight = torch.nn.Parameter(data, requires_grad=False)
+    elif kind == "float64":
+        linear = torch.nn.Linear(32, 32, dtype=torch.float64)
     elif kind == "packed":
 
         class Packed(torch.nn.Parameter):
@@ -664,8 +653,9 @@ def layer_of(kind: str) -> torch.nn.Module:
         (
             "int8",
             ArgumentError,
-            "'b': a weight of floating point wanted, got Parameter of torch.in",
+            "'b': a weight of float32, .* wanted, got Parameter of torch.in",
         ),
+        ("float64", ArgumentError, "'b': .* of torch.float64"),
         ("float8", ArgumentError, "'b': .* of torch.float8_e4m3fn: a quantised weight"),
         ("packed", ArgumentError, "'b': .* got Packed of torch.float32"),
         ("meta", ArgumentError, "'b': its weight is on the meta device"),

@@ -11,9 +11,9 @@ import torch
 from memos.adapters._products import check_factors, check_weights
 from memos.adapters.adapter import Adapter
 from memos.errors import ArgumentError
+from memos.kernels.adapters import merge_adapter
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BLOCK_BYTES = 16 << 20  # of the float32 rows that are made at a time
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Merged:
@@ -101,10 +101,9 @@ def merge_into_base(
 ) -> Merged:
     """Give the layers of a model fresh weights ``base + sum(weight * scale * up @ down)``.
 
-    The sum is made in float32 (float64 for a float64 model) and rounded once to the weight's
-    dtype. The base's parameters are kept aside untouched: ``unmerge`` puts back the same objects.
-    A weight that is tied to another layer's becomes the merged layer's own meanwhile; the other
-    layer keeps the base's.
+    The sum is made in float32 and rounded once to the weight's dtype. The base's parameters are
+    kept aside untouched: ``unmerge`` puts back the same objects. A weight that is tied to another
+    layer's becomes the merged layer's own meanwhile; the other layer keeps the base's.
 
     Args:
         model:    the bare transformers model; its layers nn.Linear or Conv1D of transformers.
@@ -147,26 +146,15 @@ def merge_into_base(
             if name in adapter.factors
         ]
         base = _weight(module)
-        work = torch.float64 if base.dtype == torch.float64 else torch.float32
-        up = torch.cat([f.up.to(base.device, work) * scale for scale, f in terms], dim=1)
-        down = torch.cat([f.down.to(base.device, work) for _, f in terms])
+        up = torch.cat([f.up.to(base.device, torch.float32) * scale for scale, f in terms], dim=1)
+        down = torch.cat([f.down.to(base.device, torch.float32) for _, f in terms])
         if not isinstance(module, torch.nn.Linear):
             up, down = down.T, up.T  # Conv1D keeps [I, O]
-        places.append(_Place(name, module, _add(base, up, down)))
+        places.append(_Place(name, module, merge_adapter(base, down, up, 1.0)))
     merged = Merged(places)
     _swap([(place, place.fresh) for place in places])
     merged._active = True
     return merged
-
-
-def _add(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``weight + left @ right`` in fresh memory, rounded once, some rows at a time."""
-    fresh = torch.empty_like(weight)
-    rows = max(1, BLOCK_BYTES // (left.element_size() * weight.shape[1]))
-    for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        fresh[part] = torch.addmm(weight[part].to(left.dtype), left[part], right)
-    return fresh
 
 
 def _swap(changes: Sequence[tuple[_Place, torch.nn.Parameter]]) -> None:
@@ -197,8 +185,8 @@ def _module(model: torch.nn.Module, name: str) -> torch.nn.Module:
         )
     if type(weight) is not torch.nn.Parameter or weight.dtype not in DTYPES or weight.dim() != 2:
         raise ArgumentError(
-            f"layer {name!r}: a weight of floating point wanted, got {type(weight).__name__} of "
-            f"{weight.dtype}: a quantised weight cannot take a merge"
+            f"layer {name!r}: a weight of float32, bfloat16 or float16 wanted, got "
+            f"{type(weight).__name__} of {weight.dtype}: a quantised weight cannot take a merge"
         )
     if weight.is_meta:
         raise ArgumentError(f"layer {name!r}: its weight is on the meta device, without values")
