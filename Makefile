@@ -72,9 +72,11 @@ $(STAMPS)/native: $(STAMPS)/deps $(NATIVE)
 	$(BUILD) . --no-deps
 	@touch $@
 
-# The backend of transformers' QuantizedCache, which the quality benchmark stands beside.
+# The backend of transformers' QuantizedCache, which the quality benchmark stands beside; and the
+# peers of the retrieval benchmark, without which it runs too.
 $(STAMPS)/bench: $(STAMPS)/deps
 	$(INSTALL) 'optimum-quanto>=0.2.7'
+	-$(INSTALL) chromadb mem0ai
 	@touch $@
 
 $(STAMPS)/lint: $(STAMPS)/deps
