@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         GeneralTextMemory,
         GraphMemory,
         KVCacheMemory,
+        ParametricMemory,
         TreeTextMemory,
         VectorMemory,
     )
@@ -29,6 +30,7 @@ _HOME = {
     "KVCacheMemory": "memos.memories",
     "MOS": "memos.mos",
     "MemCube": "memos.cube",
+    "ParametricMemory": "memos.memories",
     "TreeTextMemory": "memos.memories",
     "VectorMemory": "memos.memories",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "Hit",
     "KVCacheMemory",
     "MemCube",
+    "ParametricMemory",
     "TreeTextMemory",
     "VectorMemory",
     "__version__",

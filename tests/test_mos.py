@@ -18,6 +18,7 @@ from memos import (
     GraphMemory,
     KVCacheMemory,
     MemCube,
+    ParametricMemory,
     TreeTextMemory,
     VectorMemory,
 )
@@ -52,6 +53,22 @@ def kv_content(i: int) -> dict[str, Any]:
     return {"token_ids": ids[0], "cache": cache}
 
 
+def adapter(i: int) -> Any:
+    import torch
+
+    from memos.adapters.adapter import Adapter, Factors
+
+    generator = torch.Generator().manual_seed(i)
+    down, up = (torch.randn(size, generator=generator) for size in ((2, 8), (8, 2)))
+    return Adapter({f"model.nr{i}": Factors(down, up, 0.5)}, {"peft_type": "LORA"})
+
+
+def digest_of(content: Any) -> str:
+    from memos.adapters.files import digest
+
+    return str(content["digest"]) if isinstance(content, dict) else digest(content)
+
+
 CASES = {
     "text": Case(
         lambda name: GeneralTextMemory(name, embedder=None),
@@ -80,6 +97,13 @@ CASES = {
         lambda i: {"node": {"label": "Room", "properties": {"name": f"nr{i}"}}},
         lambda content: {k: content[k] for k in ("label", "properties")},
         "no node",
+    ),
+    "parametric": Case(
+        lambda name: ParametricMemory(name, embedder=None),
+        adapter,
+        lambda i: f"nr{i}",
+        digest_of,
+        "a folder that is not there",
     ),
     "kv_cache": Case(
         lambda name: KVCacheMemory(name, model=tiny("llama"), codec="raw"),

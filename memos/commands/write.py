@@ -16,7 +16,7 @@ from memos.errors import ArgumentError, MemosError
 if TYPE_CHECKING:
     from memos.mos import MOS
 
-KINDS = ("text", "tree", "vector", "graph")
+KINDS = ("text", "tree", "vector", "graph", "parametric")
 _JSONL = (".jsonl", ".ndjson")
 
 

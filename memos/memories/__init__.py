@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memos.memories.graph import GraphMemory
     from memos.memories.kv_cache import KVCacheMemory
+    from memos.memories.parametric import ParametricMemory
     from memos.memories.text import GeneralTextMemory
     from memos.memories.tree import TreeTextMemory
     from memos.memories.vector import VectorMemory
@@ -16,16 +17,20 @@ _HOME = {
     "GeneralTextMemory": "memos.memories.text",
     "GraphMemory": "memos.memories.graph",
     "KVCacheMemory": "memos.memories.kv_cache",
+    "ParametricMemory": "memos.memories.parametric",
     "TreeTextMemory": "memos.memories.tree",
     "VectorMemory": "memos.memories.vector",
 }
 # Those whose cubes stand in records: a MOS makes them again when it opens a folder.
-DECLARATIVE = ("GeneralTextMemory", "GraphMemory", "TreeTextMemory", "VectorMemory")
+DECLARATIVE = (
+    *("GeneralTextMemory", "GraphMemory", "ParametricMemory", "TreeTextMemory", "VectorMemory"),
+)
 
 __all__ = [
     "GeneralTextMemory",
     "GraphMemory",
     "KVCacheMemory",
+    "ParametricMemory",
     "TreeTextMemory",
     "VectorMemory",
 ]

@@ -90,6 +90,11 @@ class Database:
             finally:
                 self._local.connection = outer
 
+    def check_writable(self) -> None:
+        """Raise StoreError where this store was opened read-only."""
+        if self.readonly:
+            raise StoreError(f"{self.path}: opened read-only, nothing can be changed")
+
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction: committed at the end, undone when an error leaves it.
@@ -97,8 +102,7 @@ class Database:
         A transaction inside one of the same thread is part of it.
         """
         self._check_process()
-        if self.readonly:
-            raise StoreError(f"{self.path}: opened read-only, nothing can be changed")
+        self.check_writable()
         with self._errors(), self._write_lock:
             held: Connection | None = getattr(self, "_held", None)
             if held is not None:
