@@ -26,6 +26,7 @@ from memos.records.outbox import prefix_of
 from memos.records.store import Records
 
 from .bolt_server import BoltServer, Graphs, bolt, free_port, make_server, params_of, targets  # noqa: F401
+from .graph_help import edge, node
 from .graph_model import history
 
 ROOT = Path(__file__).parent.parent
@@ -44,15 +45,6 @@ def mortal() -> Iterator[BoltServer]:
     server = make_server()
     yield server
     server.remove()
-
-
-def node(label: str, name: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "node", "label": label, "properties": {"name": name, **properties}}
-
-
-def edge(label: str, source: str, target: str, **properties: Any) -> dict[str, Any]:
-    ends = {"source_id": source, "target_id": target}
-    return {"type": "relationship", "label": label, **ends, "properties": properties}
 
 
 def prefix(memory: GraphMemory) -> str:
