@@ -6,14 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-np = pytest.importorskip("numpy")
-
-from memos.errors import ArgumentError  # noqa: E402
-from memos.memories.vector import METRICS, VectorMemory  # noqa: E402
-from memos.records.check import check  # noqa: E402
-from memos.records.store import Records  # noqa: E402
+from memos.errors import ArgumentError
+from memos.memories.vector import METRICS, VectorMemory
+from memos.records.check import check
+from memos.records.store import Records
 
 DIM = 6
 
