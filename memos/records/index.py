@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +13,9 @@ from memos import settings
 from memos.errors import ArgumentError, NotFoundError
 from memos.records import _index_file
 from memos.records._index_hnsw import MISSING, Graph, hnswlib
+from memos.records._index_plan import TRUSTED, Plan, Planner
 from memos.records._index_rows import (
     DTYPES,
-    GATHER_COST,
     METRICS,
     Floats,
     Ints,
@@ -26,34 +24,8 @@ from memos.records._index_rows import (
     Vectors,
 )
 
-# The graph's list is nearly complete in its first three quarters, at its end 0.9 of it is there.
-_TRUSTED = 0.75
-# How much farther than k a filter may push a search into the list. Beyond the query's own cluster
-# recall falls, however long the list: 10 % of vectors allowed would lower recall@10 to 0.98.
-_DEPTH = 100
 _TAIL_ROWS = 1000  # rows outside the graph that do not call the builder
 _DEAD_ROWS = 1024  # dead rows that nobody clears away
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which way a search takes.
-
-    Attributes:
-        path:    "exact", "hnsw", or "hnsw, exact" where the graph's list had too few.
-        reason:  why, in words with the numbers.
-        size:    vectors in the index.
-        allowed: how many of them at most may be returned.
-        fetch:   candidates asked of the graph; 0 without it.
-        tail:    rows that are not in the graph yet and are scanned beside it.
-    """
-
-    path: str
-    reason: str
-    size: int
-    allowed: int
-    fetch: int = 0
-    tail: int = 0
 
 
 class _View(NamedTuple):
@@ -135,11 +107,11 @@ class VectorIndex:
             _check_whole(name, value, least)
         self.dim, self.metric, self.dtype = dim, metric, dtype
         self._hnsw_from, self._M, self._ef_construction = hnsw_from, M, ef_construction
-        self._ef_search, self._fetch_cost = ef_search, fetch_cost
         self._background = background
         self._exact_because = None if hnsw else "hnsw=False"
         if hnsw and hnswlib() is None:
             self._exact_because = MISSING
+        self._planner = Planner(hnsw_from, ef_search, fetch_cost, self._exact_because)
         self._vectors = Vectors(dim, metric, dtype)
         self._view = _View(self._vectors.now)
         self._write = threading.Lock()  # add, remove, and changes of the view
@@ -324,32 +296,8 @@ class VectorIndex:
         _check_whole("k", k)
         size = len(view.rows.keys)
         few = size if allowed is None else min(size, len(allowed))
-        if view.graph is None:
-            if self._exact_because:
-                reason = self._exact_because
-            elif size < self._hnsw_from:
-                reason = f"{size} vectors: a graph is built from {self._hnsw_from}"
-            else:
-                reason = f"the graph over {size} vectors is being built, or build() was not called"
-            return Plan("exact", reason, size, few)
-        if not few:
-            return Plan("exact", "nothing is allowed", size, few)
-        # Of m candidates m * few / size are allowed, on average; three deviations more than k.
-        needed = (k + 3 * math.sqrt(k)) * size / few
-        fetch = max(self._ef_search, math.ceil(needed / _TRUSTED))
-        tail = view.tail()
-        scan = min(few, view.rows.total / GATHER_COST)
-        cost = fetch * self._fetch_cost + tail / GATHER_COST
-        numbers = (
-            f"{few} of {size} vectors allowed cost {scan:.0f} to scan, "
-            f"{cost:.0f} by {fetch} candidates of the graph and {tail} rows beside it"
-        )
-        if scan <= cost:
-            return Plan("exact", numbers, size, few)
-        if needed > k + _DEPTH:
-            reason = f"{few} of {size} vectors allowed: {k} of them may reach to rank {needed:.0f}"
-            return Plan("exact", reason, size, few)
-        return Plan("hnsw", numbers, size, few, fetch, tail)
+        tail = None if view.graph is None else view.tail()
+        return self._planner.plan(k, few, size, view.rows.total, tail)
 
     def _candidates(
         self, view: _View, query: Query, k: int, allowed: Ints | None, fetch: int
@@ -362,7 +310,7 @@ class VectorIndex:
             found, covered = view.remap[found], view.covered
         good = (found >= 0) & (found < rows.total)
         good[good] = self._wanted(rows, found[good], allowed)
-        trusted = int(good[: int(len(good) * _TRUSTED)].sum())
+        trusted = int(good[: int(len(good) * TRUSTED)].sum())
         if trusted < k:
             return trusted
         scores = -distances if self.metric == "l2" else 1 - distances
