@@ -7,7 +7,6 @@ what may not be seen is not there, neither as an end nor on the way.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,34 +14,22 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
-    MetaData,
-    Select,
     Table,
-    and_,
-    bindparam,
-    exists,
     func,
     or_,
     select,
-    true,
 )
 
 from memos.cube.identity import canonical
+from memos.records import _graph_sql as sql
+from memos.records._graph_sql import NODE, RELATIONSHIP
 from memos.records.cubes import CubeTable, New, content_digest
-from memos.records.filters import compile_filter, facts_of
+from memos.records.filters import facts_of
 from memos.records.links import chunks
-from memos.records.schema import cubes, fact_columns, relations
-from memos.records.scope import DELETED, Scope, lives
+from memos.records.schema import cubes, relations
+from memos.records.scope import DELETED, Scope
 
-NODE, RELATIONSHIP = "node", "relationship"
-DIRECTIONS = ("out", "in", "both")
-
-tables = MetaData()
-
-graph_facts = Table("graph_facts", tables, *fact_columns(), sqlite_with_rowid=False)
-_LABEL, _ANY = -1, -2  # in ``type``: a label in ``string``; every node
 _PAGE = 256  # candidates read at once
 
 
@@ -169,7 +156,7 @@ class SqliteGraph:
         self, connection: Connection, seqs: Sequence[int], scope: Scope
     ) -> dict[int, dict[str, Any]]:
         """Contents of the nodes that may be seen."""
-        statement = _filtered(_CONTENTS, scope, self.memory)
+        statement = sql.filtered(sql.CONTENTS, scope, self.memory)
         named = {"memory": self.memory, "now": scope.now}
         return {
             int(row[0]): json.loads(row[1])
@@ -179,7 +166,7 @@ class SqliteGraph:
 
     def ends(self, connection: Connection, ids: Iterable[str], scope: Scope) -> dict[str, Any]:
         """id -> (number, content) of the nodes with these ids that may be seen."""
-        statement = _filtered(_ENDS, scope, self.memory)
+        statement = sql.filtered(sql.ENDS, scope, self.memory)
         named = {"memory": self.memory, "now": scope.now}
         return {
             row[0]: (int(row[1]), json.loads(row[2]))
@@ -210,7 +197,7 @@ class SqliteGraph:
         for name in ("out", "in"):
             if direction not in (name, "both"):
                 continue
-            statement = self._statement(scope, _edges_at, name, types is not None)
+            statement = sql.built(scope, self.memory, sql.edges_at, name, types is not None)
             named = {"after": after, "limit": limit, **self._named(scope)}
             if types is not None:
                 named["types"] = list(types)
@@ -223,7 +210,7 @@ class SqliteGraph:
         self, connection: Connection, numbers: Sequence[int], scope: Scope
     ) -> list[Edge]:
         """The relationships with these numbers that may be seen with both ends."""
-        statement = self._statement(scope, _edges_numbered)
+        statement = sql.built(scope, self.memory, sql.edges_numbered)
         named = self._named(scope)
         found = [
             Edge(*row)
@@ -266,14 +253,17 @@ class SqliteGraph:
         """Index new nodes: number -> content."""
         rows = [(self.memory, *fact, seq) for seq, c in nodes.items() for fact in _facts(c)]
         if rows:
-            connection.exec_driver_sql(_INSERT, rows)
+            connection.exec_driver_sql(sql.INSERT_FACT, rows)
 
     def change_node(
         self, connection: Connection, seq: int, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> None:
         """Index what an update changed."""
         before, after = _facts(old), _facts(new)
-        for statement, facts in ((_DELETE, before - after), (_INSERT, after - before)):
+        for statement, facts in (
+            (sql.DELETE_FACT, before - after),
+            (sql.INSERT_FACT, after - before),
+        ):
             if facts:
                 connection.exec_driver_sql(
                     statement, [(self.memory, *fact, seq) for fact in sorted(facts)]
@@ -316,7 +306,7 @@ class SqliteGraph:
             for fact in sorted(_facts(content))
         ]
         if rows:
-            connection.exec_driver_sql(_DELETE, rows)
+            connection.exec_driver_sql(sql.DELETE_FACT, rows)
         edges = [seq for seq, content in gone.items() if content["type"] == RELATIONSHIP]
         for part in chunks(edges):
             connection.execute(relations.delete().where(relations.c.cube.in_(part)))
@@ -364,19 +354,13 @@ class SqliteGraph:
             for key, value in wanted.properties.items()
             for fact in sorted(facts_of({key: value}))
         ]
-        facts += [("", _LABEL, 0, label) for label in wanted.labels]
-        facts = facts or [("", _ANY, 0, "")]
-        statement = self._statement(scope, _candidates, len(facts))
+        facts += [("", sql.LABEL, 0, label) for label in wanted.labels]
+        facts = facts or [("", sql.ANY, 0, "")]
+        statement = sql.built(scope, self.memory, sql.candidates, len(facts))
         named = {"after": after, "limit": size, **self._named(scope)}
         for i, (key, kind, number, string) in enumerate(facts):
             named |= {f"key{i}": key, f"type{i}": kind, f"number{i}": number, f"string{i}": string}
         return [int(row[0]) for row in connection.execute(statement, named)]
-
-    def _statement(self, scope: Scope, build: Callable[..., Select[Any]], *given: Any) -> Any:
-        """Built once where there are no filters."""
-        if scope.is_open:
-            return _open(build, *given)
-        return build(compile_filter(scope.filters, self.memory), *given)
 
     def _named(self, scope: Scope) -> dict[str, Any]:
         return {"memory": self.memory, "now": scope.now}
@@ -384,7 +368,7 @@ class SqliteGraph:
 
 def prepare(connection: Connection) -> None:
     """Make the tables where they are not there."""
-    tables.create_all(connection)
+    sql.tables.create_all(connection)
 
 
 def count(connection: Connection, table: Table, memory: int) -> int:
@@ -394,80 +378,8 @@ def count(connection: Connection, table: Table, memory: int) -> int:
 
 
 def _facts(content: Mapping[str, Any]) -> set[tuple[str, int, int | float, str]]:
-    labels = {("", _LABEL, 0, label) for label in labels_of(content)}
-    return {("", _ANY, 0, ""), *labels, *facts_of(content["properties"])}
-
-
-# Statements. Named values: memory and now; seqs, ids, types, after and limit where they say so.
-
-_LIVES = lives(bindparam("memory"), bindparam("now"))
-_CONTENTS = select(cubes.c.seq, cubes.c.content).where(
-    cubes.c.seq.in_(bindparam("seqs", expanding=True)), cubes.c.kind == NODE, _LIVES
-)
-_ENDS = select(cubes.c.id, cubes.c.seq, cubes.c.content).where(
-    cubes.c.memory == bindparam("memory"),
-    cubes.c.id.in_(bindparam("ids", expanding=True)),
-    cubes.c.kind == NODE,
-    _LIVES,
-)
-
-
-def _filtered(statement: Select[Any], scope: Scope, memory: int) -> Select[Any]:
-    return statement if scope.is_open else statement.where(compile_filter(scope.filters, memory))
-
-
-@functools.lru_cache(maxsize=64)
-def _open(build: Callable[..., Select[Any]], *given: Any) -> Select[Any]:
-    return build(true(), *given)
-
-
-def _visible(column: ColumnElement[Any], filters: ColumnElement[bool]) -> ColumnElement[bool]:
-    return select(cubes.c.seq).where(cubes.c.seq == column, _LIVES, filters).exists()
-
-
-def _edges(filters: ColumnElement[bool], *seen: ColumnElement[Any]) -> Select[Any]:
-    edge = relations.c
-    return select(edge.cube, edge.source, edge.type, edge.target, edge.weight).where(
-        edge.cube.is_not(None), *(_visible(column, filters) for column in seen)
-    )
-
-
-def _edges_at(filters: ColumnElement[bool], direction: str, is_typed: bool) -> Select[Any]:
-    near, far = relations.c.source, relations.c.target
-    if direction == "in":
-        near, far = far, near
-    statement = _edges(filters, relations.c.cube, far).where(
-        near.in_(bindparam("seqs", expanding=True)), relations.c.cube > bindparam("after")
-    )
-    if is_typed:
-        statement = statement.where(relations.c.type.in_(bindparam("types", expanding=True)))
-    return statement.order_by(relations.c.cube).limit(bindparam("limit"))
-
-
-def _edges_numbered(filters: ColumnElement[bool]) -> Select[Any]:
-    edge = relations.c
-    statement = _edges(filters, edge.cube, edge.source, edge.target)
-    return statement.where(edge.cube.in_(bindparam("cubes", expanding=True)))
-
-
-def _candidates(filters: ColumnElement[bool], facts: int) -> Select[Any]:
-    """Nodes with so many facts."""
-    statement = select(graph_facts.c.seq).where(
-        _fact(graph_facts, 0), graph_facts.c.seq > bindparam("after")
-    )
-    for i in range(1, facts):
-        more = graph_facts.alias()
-        same = more.c.seq == graph_facts.c.seq
-        statement = statement.where(exists().where(_fact(more, i), same))
-    statement = statement.where(_visible(graph_facts.c.seq, filters))
-    return statement.order_by(graph_facts.c.seq).limit(bindparam("limit"))
-
-
-def _fact(table: Any, i: int) -> ColumnElement[bool]:
-    return and_(
-        table.c.memory == bindparam("memory"),
-        *(table.c[name] == bindparam(f"{name}{i}") for name in ("key", "type", "number", "string")),
-    )
+    labels = {("", sql.LABEL, 0, label) for label in labels_of(content)}
+    return {("", sql.ANY, 0, ""), *labels, *facts_of(content["properties"])}
 
 
 def _holds(have: Any, wanted: Any) -> bool:
@@ -493,10 +405,3 @@ def same(a: Any, b: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float)
-
-
-_INSERT = "INSERT OR IGNORE INTO graph_facts VALUES (?, ?, ?, ?, ?, ?)"
-_DELETE = (
-    "DELETE FROM graph_facts WHERE memory = ? AND key = ? AND type = ? AND number = ? "
-    "AND string = ? AND seq = ?"
-)

@@ -17,8 +17,9 @@ from typing import Any
 from sqlalchemy import Column, Connection, Index, Integer, Row, Table, Text, select
 
 from memos.errors import StoreError
+from memos.records._graph_sql import NODE, tables
 from memos.records.cubes import CubeTable
-from memos.records.graph import NODE, count, labels_of, tables
+from memos.records.graph import count, labels_of
 from memos.records.graph import prepare as prepare_tables
 from memos.records.links import chunks
 from memos.records.neo4j import ServerGraph
