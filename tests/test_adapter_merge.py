@@ -702,3 +702,21 @@ def test_factorize_keeps_what_a_gram_matrix_can_tell_apart() -> None:
             made = _products.factorize(matrix, rank, torch.float32)
             missed = float((product(made.factors) - matrix.double()).norm())
             assert missed == pytest.approx(float(sizes[rank:].norm()), rel=0.02)
+
+
+@pytest.mark.parametrize("condition", [1.0, 5e3, 2e4, 1e7, math.inf])
+@pytest.mark.parametrize("cancels", [False, True])
+def test_svd_of_rows_that_are_nearly_the_same(condition: float, cancels: bool) -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(40, 6).double())[0].T
+    near = basis[:3] + basis[3:] / condition  # the rows of one adapter beside those of another
+    downs = basis[:3].float(), (basis[3:] if condition == 1 else near).float()
+    ups = [torch.randn(30, 3) for _ in downs]
+    if cancels:
+        ups[1] = ups[0] + 1e-3 * ups[1]
+    adapters = [Adapter({"x": Factors(d, u, 1.0)}, {}) for d, u in zip(downs, ups, strict=True)]
+    made = combine(adapters, [1, -1], "svd", rank=2)
+    want = summed(adapters, [1, -1], "x")
+    U, S, Vh = torch.linalg.svd(want, full_matrices=False)
+    assert distance(product(made.factors["x"]), U[:, :2] * S[:2] @ Vh[:2]) < 1e-5
+    assert error_of(made, "x") == pytest.approx(float(S[2:].norm() / S.norm()), rel=1e-5)

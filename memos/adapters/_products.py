@@ -12,6 +12,9 @@ from blake3 import blake3
 from memos.adapters.adapter import Adapter, Factors
 from memos.errors import ArgumentError
 
+_MAX_CONDITION = 1e4
+_size = torch.linalg.vector_norm
+
 
 @dataclass(frozen=True)
 class Term:
@@ -51,15 +54,15 @@ def check_weights(adapters: Sequence[Adapter], weights: Sequence[float]) -> tupl
 def check_factors(i: int, name: str, factors: Factors) -> tuple[int, int]:
     """(O, I) of a layer. Raise unless its factors fit each other and are finite."""
     down, up = factors.down, factors.up
-    if down.dim() != 2 or up.dim() != 2 or up.shape[1] != len(down) or not len(down):
+    if down.dim() != 2 or up.dim() != 2 or up.shape[1] != down.shape[0] or not len(down):
         raise ArgumentError(
             f"adapters[{i}]: layer {name!r}: down [R, I] and up [O, R] wanted, got "
             f"{list(down.shape)} and {list(up.shape)}"
         )
-    ends = [*down.aminmax(), *up.aminmax()]  # ten times as quick as isfinite().all()
-    if not all(map(math.isfinite, [factors.scale, *ends])):
+    ends = (*down.aminmax(), *up.aminmax())  # ten times as quick as isfinite().all()
+    if not math.isfinite(factors.scale) or not all(math.isfinite(float(end)) for end in ends):
         raise ArgumentError(f"adapters[{i}]: layer {name!r} has values that are not finite")
-    return len(up), down.shape[1]
+    return up.shape[0], down.shape[1]
 
 
 def concatenate(terms: Sequence[Term], dtype: torch.dtype) -> Combined:
@@ -73,17 +76,51 @@ def concatenate(terms: Sequence[Term], dtype: torch.dtype) -> Combined:
 
 
 def truncate(terms: Sequence[Term], rank: int, dtype: torch.dtype) -> Combined:
-    """The best product of this rank: both sides orthogonalised, SVD of the small core between."""
-    ups = torch.cat([t.up.T.double() * t.coefficient for t in terms])
-    left, up = torch.linalg.qr(ups.T)  # of a row-major matrix LAPACK would want a copy
-    right, down = torch.linalg.qr(torch.cat([t.down.double() for t in terms]).T)
+    """The best product of this rank: both sides orthogonalised, and the small core between them
+    decomposed, in float64.
+
+    With G = up.T @ up and down @ down.T = L @ L.T, the eigenvalues of L.T @ G @ L are the squares
+    of the product's singular values. That errs by float64's eps times the square of the condition
+    of ``down``; where this is more than 2e-8, QR of both sides and SVD of the core do not.
+    """
+    up = torch.cat([t.up.double() * t.coefficient for t in terms], dim=1)
+    down = torch.cat([t.down.double() for t in terms])
+    rank = min(rank, up.shape[0], down.shape[1])
+    L, failed = torch.linalg.cholesky_ex(down @ down.T)
+    inverse = torch.linalg.solve_triangular(L, torch.eye(L.shape[0]).to(L), upper=False)
+    if failed or not float(_size(L) * _size(inverse)) < _MAX_CONDITION:
+        return _truncate_by_qr(up, down, rank, dtype)
+    squares, V = torch.linalg.eigh(L.T @ (up.T @ up) @ L)
+    squares, V = squares.clamp(min=0.0).flip(0), V.flip(1)[:, :rank]
+    S = squares.sqrt()
+    root = S[:rank].sqrt()
+    up = up @ (L @ V * torch.where(root > 0, 1 / root, 0.0))
+    down = (V * root).T @ inverse @ down
+    return _truncated(up, down, S, dtype)
+
+
+def _truncate_by_qr(
+    up: torch.Tensor, down: torch.Tensor, rank: int, dtype: torch.dtype
+) -> Combined:
+    left, up = torch.linalg.qr(up)
+    right, down = torch.linalg.qr(down.T)
     U, S, Vh = torch.linalg.svd(up @ down.T, full_matrices=False)
     root = S[:rank].sqrt()
-    up = left @ (U[:, :rank] * root)
-    down = (root[:, None] * Vh[:rank]) @ right.T
+    return _truncated(left @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ right.T, S, dtype)
+
+
+def _truncated(
+    up: torch.Tensor, down: torch.Tensor, S: torch.Tensor, dtype: torch.dtype
+) -> Combined:
+    """Round factors that share the singular values S between them, and say what that costs."""
     made = Factors(down.to(dtype), up.to(dtype), 1.0)
-    error = math.hypot(float(S[rank:].norm()), _rounding(up, down, made))
-    return Combined(made, float(S.norm()), error)
+    root = S[: made.rank].sqrt()
+    # Columns of up are orthogonal, and rows of down: rounding one changes the product by this.
+    # The two changes are taken as orthogonal to each other, as random ones nearly are.
+    up_error = _size(_size(made.up - up, dim=0) * root)
+    down_error = _size(_size(made.down - down, dim=1) * root)
+    error = math.hypot(float(_size(S[made.rank :])), float(up_error), float(down_error))
+    return Combined(made, float(_size(S)), error)
 
 
 def factorize(dense: torch.Tensor, rank: int, dtype: torch.dtype) -> Combined:
@@ -100,15 +137,13 @@ def factorize(dense: torch.Tensor, rank: int, dtype: torch.dtype) -> Combined:
         gram.addmm_(block, block.T)
     basis = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).contiguous()
     image = torch.cat([basis.T @ columns.double() for columns in short.split(1024, dim=1)], dim=1)
-    sizes = image.norm(dim=1)
+    sizes = _size(image, dim=1)
     root = sizes.sqrt()
     basis = basis * root
     image = image / torch.where(root > 0, root, 1.0)[:, None]
     up, down = (basis, image) if wide else (image.T, basis.T)
-    made = Factors(down.to(dtype).contiguous(), up.to(dtype).contiguous(), 1.0)
-    total = float(gram.trace())
-    dropped = math.sqrt(max(total - float(sizes.square().sum()), 0.0))
-    return Combined(made, math.sqrt(total), math.hypot(dropped, _rounding(up, down, made)))
+    dropped = (gram.trace() - sizes.square().sum()).clamp(min=0.0).sqrt()
+    return _truncated(up.contiguous(), down.contiguous(), torch.cat([sizes, dropped[None]]), dtype)
 
 
 def trim(density: float) -> Callable[[Term], torch.Tensor]:

@@ -167,15 +167,16 @@ def _layers(
         for name, factors in adapter.factors.items():
             shape, terms = _products.check_factors(i, name, factors), layers.setdefault(name, [])
             down, up = factors.down, factors.up
-            if terms and (len(terms[0].up), terms[0].down.shape[1]) != shape:
+            before = (terms[0].up.shape[0], terms[0].down.shape[1]) if terms else shape
+            if before != shape:
                 raise ArgumentError(
                     f"adapters[{i}]: layer {name!r} has [O, I] = {list(shape)}, in an adapter "
-                    f"before it {[len(terms[0].up), terms[0].down.shape[1]]}"
+                    f"before it {list(before)}"
                 )
             if terms:
                 down, up = down.to(terms[0].down.device), up.to(terms[0].down.device)
             terms.append(Term(weight * factors.scale, down, up))
-            ranks = sum(len(t.down) for t in terms)
+            ranks = sum(t.down.shape[0] for t in terms)
             if exact and ranks > MAX_RANK:
                 raise ArgumentError(
                     f"method: 'exact' would give layer {name!r} rank {ranks} or more, {MAX_RANK} "
