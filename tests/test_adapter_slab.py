@@ -25,7 +25,7 @@ from memos.adapters.slab import ALIGN, SlabLayout, StoredSlabs, empty_slab  # no
 from memos.adapters.store import AdapterStore  # noqa: E402
 from memos.errors import ArgumentError, NotFoundError, QuotaError, StoreError  # noqa: E402
 from memos.kernels import _native  # noqa: E402
-from memos.kernels.slabs import fill_slab, reference_fill  # noqa: E402
+from memos.kernels.slabs import SlabJobs, fill_slab, reference_fill  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODULES = [("q", 24, 40), ("k", 24, 8), ("up", 24, 56), ("down", 56, 24), ("head", 33, 7)]
@@ -144,7 +144,7 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 6e-8, 2.98e-8, 5.9e-8, 6.1e-5, 65504.0, 655
            float("-inf"), float("nan")]  # fmt: skip
 
 
-def jobs_of(data) -> tuple[numpy.ndarray, numpy.ndarray, int, torch.dtype]:
+def jobs_of(data) -> tuple[numpy.ndarray, SlabJobs]:
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
     source, jobs, at = b"", [], 0
     for _ in range(data.draw(st.integers(1, 4), label="jobs")):
@@ -164,17 +164,17 @@ def jobs_of(data) -> tuple[numpy.ndarray, numpy.ndarray, int, torch.dtype]:
         jobs.append((len(source), kind, rows, columns, transposed, at, height, end))
         source += x.to(DTYPES[kind]).view(torch.uint8).numpy().tobytes()
         at = end
-    return numpy.frombuffer(source, numpy.uint8), numpy.array(jobs, numpy.int64), at, dtype
+    return numpy.frombuffer(source, numpy.uint8), SlabJobs(numpy.array(jobs), dtype)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_filling_equals_its_reference(data) -> None:
-    source, jobs, size, dtype = jobs_of(data)
-    got, wanted = empty_slab(size), empty_slab(size)
+    source, jobs = jobs_of(data)
+    got, wanted = empty_slab(jobs.slab_bytes), empty_slab(jobs.slab_bytes)
     got[:], wanted[:] = 171, 205
-    bad = fill_slab(got, source, jobs, dtype)
-    assert bad == reference_fill(wanted, source, jobs, dtype)
+    bad = fill_slab(got, source, jobs)
+    assert bad == reference_fill(wanted, source, jobs)
     if not bad:  # what becomes of NaN is not promised
         assert torch.equal(got, wanted)
 
@@ -184,8 +184,6 @@ def test_filling_equals_its_reference(data) -> None:
 def test_every_number_of_16_bits_and_many_of_32(isa: str) -> None:
     """The native conversions round as torch does: all fp16 and bf16, and fp32 around each fp16."""
     core = _native.core()
-    if not hasattr(core, "cpu_fill_slab"):
-        pytest.skip("the native core is older than fill_slab")
     if core.isas().get(isa) != "ready":
         pytest.skip(f"{isa}: {core.isas().get(isa)}")
     halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16)
@@ -205,9 +203,10 @@ def test_every_number_of_16_bits_and_many_of_32(isa: str) -> None:
                 for rows, transposed in ((1, 0), (n, 1)):
                     size = n * dtype.itemsize
                     job = numpy.array([[0, kind, rows, n // rows, transposed, 0, 1, size]])
+                    jobs = SlabJobs(job, dtype)
                     got, wanted = empty_slab(size), empty_slab(size)
-                    bad = fill_slab(got, source, job, dtype)
-                    assert bad == reference_fill(wanted, source, job, dtype)
+                    bad = fill_slab(got, source, jobs)
+                    assert bad == reference_fill(wanted, source, jobs)
                     good = wanted.view(dtype).isfinite()
                     assert torch.equal(got.view(dtype)[good], wanted.view(dtype)[good])
     finally:
@@ -217,21 +216,28 @@ def test_every_number_of_16_bits_and_many_of_32(isa: str) -> None:
 def test_jobs_outside_of_the_buffers_are_refused() -> None:
     source, slab = numpy.zeros(64, numpy.uint8), empty_slab(256)
     good = [0, 0, 4, 4, 0, 0, 4, 256]
-    assert fill_slab(slab, source, numpy.array([good]), torch.float32) == 0
-    for at, value in ((0, 1), (0, -1), (1, 3), (2, 5), (3, 5), (5, 240), (6, 3), (6, 99), (7, 257),
-                      (7, 63), (2, 2**40)):  # fmt: skip
+    jobs = SlabJobs(numpy.array([good]), torch.float32)
+    assert fill_slab(slab, source, jobs) == 0
+    for at, value in ((0, -1), (1, 3), (5, 240), (6, 3), (6, 99), (7, 63), (2, 5), (2, 2**40)):
         job = list(good)
         job[at] = value
-        with pytest.raises(ArgumentError, match="inside of source and slab"):
-            fill_slab(slab, source, numpy.array([job]), torch.float32)
-    for args in (
-        (slab, source, numpy.array([good]), torch.float64),
-        (slab.view(torch.int8), source, numpy.array([good]), torch.float32),
-        (slab, source[::2], numpy.array([good]), torch.float32),
-        (slab, source, numpy.array([good[:7]]), torch.float32),
+        with pytest.raises(ArgumentError, match="between their bounds"):
+            SlabJobs(numpy.array([job]), torch.float32)
+    for table, dtype in (
+        (numpy.array([good]), torch.float64),
+        (numpy.array([good[:7]]), slab.dtype),
     ):
         with pytest.raises(ArgumentError):
-            fill_slab(*args)
+            SlabJobs(table, dtype)
+    for args in (
+        (slab[:255], source),
+        (slab, source[:63]),
+        (slab.view(torch.int8), source),
+        (slab, numpy.zeros(128, numpy.uint8)[::2]),
+        (slab, source.view(numpy.int8)),
+    ):
+        with pytest.raises(ArgumentError):
+            fill_slab(*args, jobs)
 
 
 # The store

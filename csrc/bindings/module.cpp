@@ -54,6 +54,11 @@ i64 cpu_apply_adapters(i64 table, i64 module, i64 plan, i64 y, i64 y_stride, i64
   return memos::cpu::chosen().apply_adapters({table, module, plan, y, y_stride, x, x_stride}, first,
                                              last);
 }
+i64 cpu_fill_slab(i64 source, i64 slab, i64 jobs, i64 first, i64 last, i64 dtype) {
+  return memos::cpu::chosen().fill_slab(bytes_at(source), bytes_at(slab),
+                                        reinterpret_cast<const memos::cpu::SlabJob*>(jobs), first,
+                                        last, dtype);
+}
 i64 first_out_of_range(i64 ids, i64 count, i64 n) {
   return memos::cpu::first_out_of_range(ids_at(ids), count, n);
 }
@@ -73,5 +78,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_write_rows", &cpu_write_rows, nogil);
   m.def("cpu_plan_adapters", &cpu_plan_adapters, nogil);
   m.def("cpu_apply_adapters", &cpu_apply_adapters, nogil);
+  m.def("cpu_fill_slab", &cpu_fill_slab, nogil);
   m.def("first_out_of_range", &first_out_of_range, nogil);
 }

@@ -2,8 +2,10 @@
 #define MEMOS_LANES 8
 #include "cpu/adapters.inl"
 #include "cpu/kernels.inl"
+#include "cpu/slab.inl"
 
 namespace memos::cpu {
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", pack_kv, unpack_kv, gather_rows, write_rows, apply_adapters};
+const Kernels kAvx2 = {"avx2",     pack_kv,        unpack_kv, gather_rows,
+                       write_rows, apply_adapters, fill_slab};
 }  // namespace memos::cpu

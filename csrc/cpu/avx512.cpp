@@ -2,8 +2,10 @@
 #define MEMOS_LANES 16
 #include "cpu/adapters.inl"
 #include "cpu/kernels.inl"
+#include "cpu/slab.inl"
 
 namespace memos::cpu {
 extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", pack_kv, unpack_kv, gather_rows, write_rows, apply_adapters};
+const Kernels kAvx512 = {"avx512",   pack_kv,        unpack_kv, gather_rows,
+                         write_rows, apply_adapters, fill_slab};
 }  // namespace memos::cpu

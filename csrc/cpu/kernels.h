@@ -56,6 +56,13 @@ struct AdapterCall {
   i64 y, y_stride, x, x_stride;  // addresses of [T, O] and [T, I]; strides in elements
 };
 
+// One tensor on its way into a slab; memos/kernels/slabs.py builds it, field by field as int64.
+struct SlabJob {
+  i64 from, dtype, rows, columns;  // [rows, columns] at source + from, perhaps unaligned
+  i64 transposed;                  // write [columns, rows]
+  i64 to, height, end;             // at slab + to; zeros follow up to slab + end
+};
+
 struct Kernels {
   const char* isa;
   // Tasks [first, last) of M * L; task t is block t % M of layer t / M.
@@ -70,6 +77,9 @@ struct Kernels {
   // Returns -1, or an i where t is not in [0, T): nothing is written then. REQUIRES: no two t
   // equal.
   i64 (*apply_adapters)(const AdapterCall& call, i64 first, i64 last);
+  // Jobs [first, last), rounded to `dtype`. Returns how many numbers are infinite or NaN in it.
+  i64 (*fill_slab)(const char* source, char* slab, const SlabJob* jobs, i64 first, i64 last,
+                   i64 dtype);
 };
 
 extern const Kernels kBaseline;

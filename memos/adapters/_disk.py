@@ -121,6 +121,12 @@ def read_exactly(fd: int, into: memoryview, offset: int, path: Path) -> None:
         into, offset = into[got:], offset + got
 
 
+def read_ahead(fd: int) -> None:
+    """Let the system fetch the whole file while the caller looks at its beginning."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+
+
 def _write(path: Path, pieces: Sequence[Bytes], durable: bool) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:

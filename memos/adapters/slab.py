@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from memos.adapters.adapter import Adapter
-from memos.adapters.packed import DTYPES, Layer, Packed, leaves, pack, scale_bits
+from memos.adapters.packed import DTYPES, Layer, Packed, is_dense, leaves, pack, scale_bits
 from memos.adapters.store import AdapterStore
 from memos.errors import ArgumentError
 from memos.kernels import _memory
 from memos.kernels.kv import DTYPES as DTYPE_NUMBERS
-from memos.kernels.slabs import Jobs, fill_slab
+from memos.kernels.slabs import SlabJobs, fill_slab
 
 ALIGN = 256  # of the slab and of each tensor in it, in bytes
 RANK_STEP = 8  # ranks are padded to a multiple of it
@@ -35,13 +35,14 @@ class SlabPlan:
         offsets:   int64 [modules, 4]: byte offset of down, of up, padded rank, bits of the scale
             as float32; a row of zeros for a module without factors. Never changed.
         jobs:      of ``fill_slab``, from the whole payload.
-        by_leaf:   the jobs of each leaf (``packed.leaves``), from its bytes alone.
+        by_leaf:   the jobs of each leaf (``packed.leaves``), from its bytes alone; none where the
+            payload is not in canonical order.
     """
 
     num_bytes: int
     offsets: torch.Tensor
-    jobs: Jobs
-    by_leaf: tuple[Jobs, ...]
+    jobs: SlabJobs
+    by_leaf: tuple[SlabJobs, ...]
 
 
 class SlabLayout:
@@ -103,7 +104,7 @@ class SlabLayout:
         packed = adapter if isinstance(adapter, Packed) else pack(adapter)
         plan = self.plan(packed.layers)
         slab = empty_slab(plan.num_bytes, pin)
-        if bad := fill_slab(slab, packed.payload, plan.jobs, self.dtype):
+        if bad := fill_slab(slab, packed.payload, plan.jobs):
             raise ArgumentError(f"adapter: {self._beyond(bad)}")
         return slab, plan.offsets
 
@@ -123,7 +124,7 @@ class SlabLayout:
             slab, bad = empty_slab(plan.num_bytes, pin), [0] * len(plan.by_leaf)
 
             def take(i: int, data: NDArray[numpy.uint8]) -> None:
-                bad[i] = fill_slab(slab, data, plan.by_leaf[i], self.dtype)
+                bad[i] = fill_slab(slab, data, plan.by_leaf[i])
 
             stored.read(take)
             if any(bad):
@@ -159,7 +160,7 @@ class SlabLayout:
         item = self.dtype.itemsize
         offsets = numpy.zeros((len(self.modules), 4), numpy.int64)
         at = 0
-        jobs: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        jobs_of: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         for layer in sorted(layers, key=lambda layer: self._index[layer.name][0]):
             index, inputs, outputs = self._index[layer.name]
             rank = -(-layer.rank // RANK_STEP) * RANK_STEP
@@ -167,18 +168,19 @@ class SlabLayout:
             end = _aligned(up_at + rank * outputs * item)
             code = DTYPE_NUMBERS[DTYPES[layer.dtype]]
             offsets[index] = at, up_at, rank, scale_bits(layer.scale)
-            jobs[layer.name] = (
+            jobs_of[layer.name] = (
                 (layer.down_at, code, layer.rank, inputs, 0, at, rank, up_at),
                 (layer.up_at, code, outputs, layer.rank, 1, up_at, rank, end),
             )
             at = end
-        table = numpy.array([job for layer in layers for job in jobs[layer.name]], numpy.int64)
+        table = numpy.array([job for layer in layers for job in jobs_of[layer.name]], numpy.int64)
         by_leaf = []
-        for leaf in leaves(layers):
+        for leaf in leaves(layers) if is_dense(layers) else ():
             part = table[2 * leaf.first : 2 * leaf.last].copy()
             part[:, 0] -= leaf.ranges[0][0]
-            by_leaf.append(part)
-        return SlabPlan(at, torch.from_numpy(offsets), table, tuple(by_leaf))
+            by_leaf.append(SlabJobs(part, self.dtype))
+        jobs = SlabJobs(table, self.dtype)
+        return SlabPlan(at, torch.from_numpy(offsets), jobs, tuple(by_leaf))
 
 
 class StoredSlabs:

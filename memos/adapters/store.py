@@ -245,7 +245,7 @@ class AdapterStore:
 
     def open(self, digest: str) -> StoredAdapter:
         """Read all but the tensors of an adapter. Raises as ``load``."""
-        if digest not in self:
+        if not isinstance(digest, str) or not _NAME.fullmatch(digest):
             raise self._unknown(digest)
         if self.folder is None:
             parts = self._memory.get(digest)
@@ -263,20 +263,20 @@ class AdapterStore:
         fd = -1
         try:
             with _disk.explained("read the adapter", path):
-                config = _read_whole(path / files.CONFIG)
-                fd = os.open(path / files.MODEL, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(f"{path}/{files.MODEL}", os.O_RDONLY | os.O_CLOEXEC)
+                _disk.read_ahead(fd)
+                config = _read_whole(f"{path}/{files.CONFIG}")
                 size = os.fstat(fd).st_size
-                n = header_bytes(os.read(fd, LENGTH_BYTES), size, str(path / files.MODEL))
+                n = header_bytes(os.read(fd, LENGTH_BYTES), size, files.MODEL)
                 header = os.read(fd, n)
             found = self._parse(path, config, header, size - LENGTH_BYTES - n, digest)
             return StoredAdapter(digest, found, fd, LENGTH_BYTES + n, memoryview(b""))
         except (ArgumentError, StoreError) as error:
-            cause = error.__cause__
             if fd >= 0:
                 os.close(fd)
             if not path.exists():
-                raise self._unknown(digest) from None  # deleted meanwhile
-            why = str(error)
+                raise self._unknown(digest) from None
+            cause, why = error.__cause__, str(error)
             if isinstance(cause, FileNotFoundError):
                 why = f"{cause.filename} is missing"
             elif isinstance(error, StoreError):
@@ -416,7 +416,7 @@ class AdapterStore:
         return NotFoundError(f"{digest}: no adapter with this digest is stored")
 
 
-def _read_whole(path: Path) -> bytes:
+def _read_whole(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(fd, os.fstat(fd).st_size)
