@@ -32,7 +32,7 @@ def pick(name: str, **wanted: Any) -> dict[str, Any]:
 
 def share(op: str, codec: str = "", threads: int = 1) -> str:
     row = pick("kernels", op=op, codec=codec, threads=threads, case="8x128", layout="transformers",
-               backend="cpu", isa="avx512", call="kernel")  # fmt: skip
+               backend="cpu", isa=load("kernels")["machine"]["isa"], call="kernel")  # fmt: skip
     return f"{row['share_of_copy']:.0%}"
 
 
