@@ -16,9 +16,10 @@ from memos.memories.embedded import Embedded
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from memos.records.cubes import Change, CubeTable, New
+    from memos.records.cubes import CubeTable
     from memos.records.scope import Scope
     from memos.records.store import Records
+    from memos.records.writes import Change, New
 
 _BATCH = 1000  # cubes of one transaction of add_many
 # Metadata that names the conversation or document whose cubes follow one another.
@@ -158,7 +159,7 @@ class DeclarativeMemory:
 
         Raises NotFoundError, ArgumentError.
         """
-        from memos.records.cubes import Change
+        from memos.records.writes import Change
 
         now, scope = self._clock(), self.scope()
         change = Change(author=author, source=source, acl=acl)
@@ -369,7 +370,7 @@ class DeclarativeMemory:
         return found
 
     def _new(self, item: Mapping[str, Any], now: float) -> New:
-        from memos.records.cubes import New
+        from memos.records.writes import New
 
         unknown = set(item) - _ITEM_KEYS
         if unknown or "content" not in item:

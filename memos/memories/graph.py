@@ -20,9 +20,9 @@ from memos.memories.graph_queries import GraphQueries
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from memos.records.cubes import Change, New
     from memos.records.graph import GraphNew
     from memos.records.store import Records
+    from memos.records.writes import Change, New
 
 BACKENDS = ("sqlite", "neo4j")
 

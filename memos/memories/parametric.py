@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from memos.adapters.pool import AdapterPool
     from memos.adapters.slab import SlabLayout
     from memos.adapters.store import AdapterStore
-    from memos.records.cubes import Change, New
     from memos.records.scope import Scope
+    from memos.records.writes import Change, New
 
 MERGED_FROM = "merged_from"  # relation to an adapter that this one was made of
 

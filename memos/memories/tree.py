@@ -18,8 +18,8 @@ from memos.memories.tree_queries import TreeQueries
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from memos.records.cubes import Change, New
     from memos.records.scope import Scope
+    from memos.records.writes import Change, New
 
 _SUFFIXES = {".md": "markdown", ".markdown": "markdown", ".mdown": "markdown", ".mkd": "markdown"}
 _SUFFIXES |= {".txt": "text", ".text": "text", "": "text"}
@@ -61,8 +61,8 @@ class TreeTextMemory(TreeQueries):
             NotFoundError: either is not there.
             ArgumentError: the new parent is the cube itself or stands below it.
         """
-        from memos.records.cubes import Change
         from memos.records.trees import ancestors_of
+        from memos.records.writes import Change
 
         now, scope = self._clock(), self.scope()
         with self.records.database.write() as connection:

@@ -15,9 +15,9 @@ from memos.memories.embedded import GIVEN, Embedded
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from memos.records.cubes import Change, New
     from memos.records.scope import Scope
     from memos.records.store import Records
+    from memos.records.writes import Change, New
 
 METRICS = ("cosine", "dot", "l2")
 

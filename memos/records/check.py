@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Row, select
 
-from memos.records.cubes import is_whole
 from memos.records.filters import facts_of
 from memos.records.fulltext import TOKENIZER
 from memos.records.schema import cubes, embedders, facts, memories, relations, store, vectors
@@ -22,6 +21,7 @@ from memos.records.schema import versions as versions_table
 from memos.records.scope import DELETED
 from memos.records.trees import TITLES, context_below, title_of
 from memos.records.words import context_of
+from memos.records.writes import is_whole
 
 if TYPE_CHECKING:
     from memos.records.store import Records

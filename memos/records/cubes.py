@@ -6,16 +6,14 @@ overwritten: an update or a deletion keeps what was there as a version.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, func, select
 
 from memos.cube import MemCube, Relation, Version
-from memos.cube.identity import canonical, digest
+from memos.cube.identity import canonical
 from memos.errors import NotFoundError, StoreError
 from memos.records.database import Database
 from memos.records.filters import compile_filter, facts_of
@@ -24,82 +22,7 @@ from memos.records.links import chunks, relate, relations_of
 from memos.records.schema import CubeRow, cubes, facts, vectors, versions
 from memos.records.scope import DELETED, Scope, lives
 from memos.records.words import context_of
-
-
-@dataclass
-class New:
-    """A cube to be stored. ``content`` None: the content is the text."""
-
-    id: str
-    kind: str
-    text: str
-    metadata: dict[str, Any]
-    at: float
-    content: Any = None
-    importance: float = 0.5
-    parent: int | None = None
-    thread: str | None = None
-    source: str | None = None
-    creator: str | None = None
-    author: str | None = None
-    derived_from: Sequence[str] = ()
-    acl: Any = None
-    expires_at: float | None = None
-    vector: bytes | None = None
-    tokens: bytes | None = None
-    context: str | None = None  # words for full text beside the text; None: the metadata's
-    relations: Sequence[tuple[int, Relation]] = ()  # (seq of the other cube, edge)
-
-    @functools.cached_property
-    def json(self) -> tuple[str | None, str]:
-        """content and metadata as they are stored; neither changes afterwards."""
-        return _json(self.content), canonical(self.metadata, "metadata")
-
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """Of what it says and where it stands: equal for exact duplicates."""
-        return content_digest(self.kind, self.text, *self.json, self.parent)
-
-
-def content_digest(
-    kind: str, text: str, content: str | None, metadata: str, parent: int | None
-) -> bytes:
-    return digest(kind, text, content or "", metadata, "" if parent is None else str(parent))
-
-
-def is_whole(row: Any) -> bool:
-    """Whether what a row of ``cubes`` says is what was stored: bits on disks rot."""
-    parts = (row.kind, row.text, row.content or "", row.metadata)
-    if not all(isinstance(part, str) for part in parts):
-        return False
-    digest = content_digest(row.kind, row.text, row.content, row.metadata, row.parent)
-    return bool(digest == row.digest)
-
-
-@dataclass
-class Change:
-    """What an update gives; None: stays. ``clear_vector``: the old one no longer fits.
-
-    ``text`` and ``content`` go together: where a text is given, content None means that the
-    content is the text. ``move``: ``parent``, ``position`` and ``thread`` count, also None.
-    """
-
-    text: str | None = None
-    content: Any = None
-    metadata: dict[str, Any] | None = None
-    importance: float | None = None
-    move: bool = False
-    parent: int | None = None
-    position: int | None = None
-    thread: str | None = None
-    expires_at: float | None = None
-    acl: Any = None
-    author: str | None = None
-    source: str | None = None
-    vector: bytes | None = None
-    tokens: bytes | None = None
-    context: str | None = None
-    clear_vector: bool = field(default=False)
+from memos.records.writes import Change, New, as_json, content_digest, is_whole
 
 
 class CubeTable:
@@ -145,7 +68,7 @@ class CubeTable:
         text = old.text if change.text is None else change.text
         content = old.content
         if change.text is not None or change.content is not None:
-            content = _json(change.content)
+            content = as_json(change.content)
         metadata, context = old.metadata, old.context
         if change.metadata is not None:
             metadata = canonical(change.metadata, "metadata")
@@ -174,7 +97,7 @@ class CubeTable:
             if (value := getattr(change, name)) is not None:
                 new[name] = value
         if change.acl is not None:
-            new["acl"] = _json(change.acl)
+            new["acl"] = as_json(change.acl)
         connection.execute(cubes.update().where(cubes.c.seq == seq).values(new))
         if change.vector is not None:
             connection.exec_driver_sql(
@@ -460,7 +383,7 @@ class CubeTable:
             new.source,
             new.creator,
             canonical(list(new.derived_from)) if new.derived_from else None,
-            _json(new.acl),
+            as_json(new.acl),
             new.author,
             new.at,
             new.at,
@@ -468,10 +391,6 @@ class CubeTable:
             new.digest,
             change,
         )
-
-
-def _json(value: Any) -> str | None:
-    return None if value is None else canonical(value, "content")
 
 
 def _insert(table: Any, columns: Sequence[str], verb: str = "INSERT") -> str:

@@ -24,11 +24,12 @@ from sqlalchemy import (
 from memos.cube.identity import canonical
 from memos.records import _graph_sql as sql
 from memos.records._graph_sql import NODE, RELATIONSHIP
-from memos.records.cubes import CubeTable, New, content_digest
+from memos.records.cubes import CubeTable
 from memos.records.filters import facts_of
 from memos.records.links import chunks
 from memos.records.schema import cubes, relations
 from memos.records.scope import DELETED, Scope
+from memos.records.writes import New, content_digest
 
 _PAGE = 256  # candidates read at once
 

@@ -14,11 +14,12 @@ from sqlalchemy import Connection, select, true
 
 from memos.cube.identity import canonical
 from memos.errors import ArgumentError
-from memos.records.cubes import Change, CubeTable
+from memos.records.cubes import CubeTable
 from memos.records.database import Database, open_database
 from memos.records.links import chunks, learners_of
 from memos.records.schema import cubes, embedders, memories, versions
 from memos.records.scope import DELETED, Scope
+from memos.records.writes import Change
 
 if TYPE_CHECKING:
     from memos.records.vectors import VectorSearch
