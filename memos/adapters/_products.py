@@ -154,9 +154,8 @@ def trim(density: float) -> Callable[[Term], torch.Tensor]:
 
     def trimmed(term: Term) -> torch.Tensor:
         product = _product(term)
-        size = product.abs()
-        first = product.numel() - max(1, int(density * product.numel())) + 1
-        return product.masked_fill_(size < size.flatten().kthvalue(first).values, 0.0)
+        smallest = _kth(product.abs().flatten(), max(1, int(density * product.numel())))
+        return product.masked_fill_(product.abs() < smallest, 0.0)
 
     return trimmed
 
@@ -198,13 +197,27 @@ def elect(
     for term in terms[1:]:
         ballot = sparse(term)
         votes += ballot.sign_() if majority == "frequency" else ballot
-    total, count = torch.zeros_like(votes), torch.zeros_like(votes)
+        del ballot  # room for the next
+    elected = votes.sign_().to(torch.int8)
+    count = torch.zeros_like(elected, dtype=torch.int16)
+    total = votes.zero_()
     for term in terms:
         value = sparse(term)
-        agrees = value * votes > 0
-        total += value.mul_(agrees)
+        agrees = value.sign().to(torch.int8) == elected
         count += agrees
-    return total.div_(count.clamp_(min=1.0))
+        total += value.mul_(agrees)
+        del value, agrees
+    return total.div_(count.clamp_(min=1))
+
+
+def _kth(values: torch.Tensor, k: int) -> torch.Tensor | float:
+    """The k-th largest of values that may be overwritten."""
+    k = values.numel() - k
+    if values.device.type != "cpu":
+        return values.kthvalue(k + 1).values
+    found = values.numpy()  # three times as quick as kthvalue, in place
+    found.partition(k)
+    return float(found[k])
 
 
 def _product(term: Term) -> torch.Tensor:
@@ -225,5 +238,8 @@ def _norm(up: torch.Tensor, down: torch.Tensor) -> float:
 
 def _rounding(up: torch.Tensor, down: torch.Tensor, made: Factors) -> float:
     """The Frobenius norm of what the rounding of the factors changes in their product."""
-    up_error, down_error = made.up.double() - up, made.down.double() - down
-    return _norm(torch.cat([up_error, up], dim=1), torch.cat([made.down.double(), down_error]))
+    up_error, down_error = made.up - up, made.down - down
+    if down_error.any():
+        up_error = torch.cat([up_error, up], dim=1)
+        return _norm(up_error, torch.cat([made.down.double(), down_error]))
+    return _norm(up_error, down) if up_error.any() else 0.0

@@ -74,7 +74,7 @@ def combine(
 
     Cost:
         exact: a copy. svd: O((O + I) R**2 + R**3) per layer of R ranks together. ties and dare:
-        about 16 O I bytes, and O(min(O, I)**2 max(O, I)) in float64 per layer.
+        about 20 O I bytes, and O(min(O, I)**2 max(O, I)) in float64 per layer.
 
     Source:
         TIES: Yadav et al. 2023, arXiv 2306.01708. DARE: Yu et al. 2023, arXiv 2311.03099.
