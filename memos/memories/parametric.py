@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memos.records.scope import Scope
     from memos.records.writes import Change, New
 
+_KEPT = 1024  # cubes looked up by name
 MERGED_FROM = "merged_from"  # relation to an adapter that this one was made of
 
 
@@ -93,6 +94,7 @@ class ParametricMemory(DeclarativeMemory):
         self._layout: SlabLayout | None = None
         self._base: dict[str, str] | None = None  # fingerprint of the attached model
         self._attach_lock = threading.RLock()
+        self._known: dict[str, tuple[int, MemCube]] = {}  # by name: as of which change
 
     def close(self) -> None:
         """Detach from the model and give back what this memory holds."""
@@ -429,7 +431,14 @@ class ParametricMemory(DeclarativeMemory):
         """Of the adapter of this name, which fits the attached model as far as its card says."""
         if not isinstance(name, str):
             raise ArgumentError(f"name: of an adapter, or None, wanted, got {name!r}")
-        content = self.named(name).content
+        change = self.records.database.last_change()
+        known = self._known.get(name)
+        over = known and known[1].expires_at
+        if known is None or known[0] != change or (over and over <= self._clock()):
+            known = self._known[name] = (change, self.named(name))
+            if len(self._known) > _KEPT:
+                self._known.pop(next(iter(self._known)), None)
+        content = known[1].content
         if self._attachment is not None:
             self._check_base(name, content.get("base"))
         return str(content["digest"])

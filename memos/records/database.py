@@ -141,6 +141,11 @@ class Database:
         change, last = connection.exec_driver_sql(_ALLOCATE, (rows,)).one()
         return int(change), int(last) - rows + 1
 
+    def last_change(self) -> int:
+        """Number of the last transaction that changed a cube: equal ones mean equal cubes."""
+        with self.read() as connection:
+            return int(connection.exec_driver_sql("SELECT change FROM store").scalar_one())
+
     # Inside.
 
     def _check_process(self) -> None:
