@@ -4,13 +4,15 @@
 //
 // A call may read and write the bytes it was given and no others: each buffer stands between
 // poisoned guard bytes that are also compared afterwards (ASan does not see streaming stores), and
-// the numbers between rows keep their marks. All instruction sets must leave the same bytes.
-// Packed bytes that no encoder wrote decode to some numbers, never to a fault.
+// the numbers between rows keep their marks. All instruction sets must leave the same bytes (sums
+// of adapters agree with float64 instead, and with themselves in pieces). Packed bytes that no
+// encoder wrote decode to some numbers, never to a fault.
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -21,6 +23,7 @@
 
 #include "codec/layout.h"
 #include "cpu/kernels.h"
+#include "cpu/vec.h"
 
 namespace {
 
@@ -334,6 +337,247 @@ void fuzz_rows(Random& random) {
   require(first_out_of_range(ids.data(), N, N) == bad, "an id out of range was taken");
 }
 
+// Adapters of a few modules and slots, a plan, and rows of y and x that are apart.
+struct AdapterCase {
+  i64 T, slots, modules, module, dtype, item, y_stride, x_stride;
+  std::vector<i64> shapes, tokens;  // I, O of each module; the slot of each token
+  std::vector<AdapterFactors> rows;
+  std::vector<i64> order, starts;
+  Buffers factors;
+
+  AdapterCase(Random& random, bool any_bits) {
+    T = random.pick<i64>({0, 1, 1, 2, 3, 4, 5, 17, 65, random.between(0, 90)});
+    slots = random.one_in(10) ? random.between(1, 70) : random.between(1, 5);
+    modules = random.between(1, 3);
+    module = random.between(0, modules - 1);
+    dtype = random.between(0, 2);
+    item = item_bytes(dtype);
+    for (i64 i = 0; i < 2 * modules; ++i)
+      shapes.push_back(random.one_in(2) ? random.between(1, 300)
+                                        : random.pick<i64>({1, 8, 16, 32, 33, 64, 128, 256}));
+    for (i64 s = 0; s < slots; ++s)
+      for (i64 m = 0; m < modules; ++m) {
+        const i64 R = random.one_in(4) ? 0 : random.one_in(12) ? 512 : 8 * random.between(1, 9);
+        const float scale = static_cast<float>(random.between(-8, 8)) / 8;
+        if (R == 0 || m != module) {
+          rows.push_back({0, 0, 0, 0});
+          continue;
+        }
+        for (i64 i = 0; i < 2; ++i) {
+          factors.push_back(std::make_unique<Buffer>(R * shapes[2 * m + i] * item, 0));
+          fill(random, *factors.back(), dtype, any_bits);
+        }
+        rows.push_back({factors[factors.size() - 2]->address(), factors.back()->address(), R,
+                        static_cast<i64>(bit_cast<std::uint32_t>(scale))});
+      }
+    const bool one = random.one_in(3);
+    const i64 all = random.between(-1, slots - 1);
+    for (i64 t = 0; t < T; ++t) tokens.push_back(one ? all : random.between(-1, slots - 1));
+    Buffer at(T * 8, 0), from((slots + 1) * 8, 0);
+    const i64 n = plan_adapters(tokens.data(), T, slots, reinterpret_cast<i64*>(at.data()),
+                                reinterpret_cast<i64*>(from.data()));
+    at.check_guards();
+    from.check_guards();
+    order.assign(reinterpret_cast<i64*>(at.data()), reinterpret_cast<i64*>(at.data()) + n);
+    starts.assign(reinterpret_cast<i64*>(from.data()),
+                  reinterpret_cast<i64*>(from.data()) + slots + 1);
+    y_stride = O() + (random.one_in(2) ? 0 : random.between(0, 20));
+    x_stride = I() + (random.one_in(2) ? 0 : random.between(0, 20));
+  }
+
+  i64 I() const { return shapes[2 * module]; }
+  i64 O() const { return shapes[2 * module + 1]; }
+  i64 count(i64 stride, i64 size) const { return T == 0 ? 0 : (T - 1) * stride + size; }
+  const AdapterFactors& of(i64 t) const { return rows[tokens[t] * modules + module]; }
+  bool has_adapter(i64 t) const { return tokens[t] >= 0 && of(t).R != 0; }
+
+  void check_plan() const {
+    i64 i = 0;
+    for (i64 s = 0; s < slots; ++s) {
+      require(starts[s] == i, "plan_adapters: a slot begins elsewhere");
+      for (i64 t = 0; t < T; ++t)
+        if (tokens[t] == s) require(order[i++] == t, "plan_adapters: not a stable sort");
+    }
+    require(starts[slots] == i && static_cast<i64>(order.size()) == i,
+            "plan_adapters: not all tokens");
+  }
+};
+
+float number_at(const char* p, i64 dtype) {
+  if (dtype == kF32) return load_as<float>(p);
+  const std::uint32_t u = load_as<std::uint16_t>(p);
+  return dtype == kBf16 ? bit_cast<float>(u << 16) : fp16_value_any<float>(u);
+}
+
+// Whether these are the same numbers. Which of two NaN a sum keeps is not said.
+bool same_numbers(const std::vector<char>& a, const std::vector<char>& b, i64 dtype) {
+  const i64 item = item_bytes(dtype), size = static_cast<i64>(a.size());
+  for (i64 i = 0; i < size; i += item) {
+    if (!std::memcmp(a.data() + i, b.data() + i, item)) continue;
+    const float x = number_at(a.data() + i, dtype), y = number_at(b.data() + i, dtype);
+    if (x == x || y == y) return false;
+  }
+  return true;
+}
+
+// What y[t, o] becomes, and how far a sum in float32 and one rounding may be from it.
+void expect_output(const AdapterCase& c, i64 t, i64 o, const char* y, const char* x, float got) {
+  const AdapterFactors& of = c.of(t);
+  const auto* down = reinterpret_cast<const char*>(of.down);
+  const auto* up = reinterpret_cast<const char*>(of.up);
+  const double scale = bit_cast<float>(static_cast<std::uint32_t>(of.scale));
+  double sum = 0, size = 0;
+  for (i64 r = 0; r < of.R; ++r) {
+    double dot = 0, magnitude = 0;
+    for (i64 i = 0; i < c.I(); ++i) {
+      const double product =
+          static_cast<double>(number_at(x + (t * c.x_stride + i) * c.item, c.dtype)) *
+          number_at(down + (r * c.I() + i) * c.item, c.dtype);
+      dot += product;
+      magnitude += std::abs(product);
+    }
+    const double b = number_at(up + (r * c.O() + o) * c.item, c.dtype);
+    sum += dot * b;
+    size += magnitude * std::abs(b);
+  }
+  const double before = number_at(y + (t * c.y_stride + o) * c.item, c.dtype);
+  const double want = before + scale * sum;
+  const double eps = c.dtype == kF32 ? 0x1p-24 : c.dtype == kF16 ? 0x1p-11 : 0x1p-8;
+  const double off = (c.I() + of.R + 2) * 0x1p-24 * (std::abs(scale) * size + std::abs(before));
+  if (c.dtype == kF16 && std::abs(want) + off >= 65504) return;  // may be infinite
+  require(std::abs(got - want) <= off + eps * (std::abs(want) + off) + 1e-7,
+          "apply_adapters is wrong");
+}
+
+// Bad ids are named, and a plan that leads outside of the batch changes nothing.
+void refuse_adapters(Random& random, AdapterCase& c, AdapterCall call, AdapterPlan plan,
+                     Buffer& y) {
+  std::vector<i64> at(c.T), from(c.slots + 1);
+  const i64 t = random.between(0, c.T - 1);
+  const i64 slot = c.tokens[t];
+  c.tokens[t] = random.pick<i64>({-2, c.slots, INT64_MIN, INT64_MAX});
+  require(plan_adapters(c.tokens.data(), c.T, c.slots, at.data(), from.data()) == -1 - t,
+          "plan_adapters took a bad slot");
+  c.tokens[t] = slot;
+  if (c.order.empty()) return;
+  const i64 n = static_cast<i64>(c.order.size()), i = random.between(0, n - 1);
+  const i64 token = c.order[i];
+  const auto before = y.bytes();
+  c.order[i] = random.pick<i64>({-1, c.T, INT64_MIN, INT64_MAX});
+  call.plan = reinterpret_cast<i64>(&plan);
+  for (const Kernels* kernels : ready())
+    require(kernels->apply_adapters(call, 0, n) == i && y.bytes() == before,
+            "apply_adapters took a token outside of the batch");
+  c.order[i] = token;
+}
+
+void fuzz_adapters(Random& random) {
+  const bool any_bits = random.one_in(4);
+  AdapterCase c(random, any_bits);
+  c.check_plan();
+  const i64 n = static_cast<i64>(c.order.size());
+  Buffer x(c.count(c.x_stride, c.I()) * c.item, c.item * random.between(0, 31));
+  Buffer y(c.count(c.y_stride, c.O()) * c.item, c.item * random.between(0, 31));
+  fill(random, x, c.dtype, any_bits);
+  fill(random, y, c.dtype, any_bits);
+  const auto x_before = x.bytes(), y_before = y.bytes();
+  const AdapterTable table{reinterpret_cast<i64>(c.rows.data()),
+                           reinterpret_cast<i64>(c.shapes.data()), c.slots, c.modules, c.dtype};
+  const AdapterPlan plan{reinterpret_cast<i64>(c.order.data()),
+                         reinterpret_cast<i64>(c.starts.data()), c.T};
+  const AdapterCall call{reinterpret_cast<i64>(&table),
+                         c.module,
+                         reinterpret_cast<i64>(&plan),
+                         y.address(),
+                         c.y_stride,
+                         x.address(),
+                         c.x_stride};
+  if (c.T > 0) refuse_adapters(random, c, call, plan, y);
+  for (const Kernels* kernels : ready()) {
+    const auto run = [&](i64 first, i64 last) {
+      require(kernels->apply_adapters(call, first, last) == -1, "apply_adapters refused its plan");
+    };
+    run(0, n);
+    const auto whole = y.bytes();
+    std::copy(y_before.begin(), y_before.end(), y.data());
+    i64 cuts[] = {0, random.between(0, n), random.between(0, n), n};
+    std::sort(cuts, cuts + 4);
+    for (int i = 0; i < 3; ++i) run(cuts[i], cuts[i + 1]);
+    require(same_numbers(y.bytes(), whole, c.dtype), "apply_adapters differs in pieces");
+    require(x.bytes() == x_before, "apply_adapters changed x");
+    x.check_guards();
+    y.check_guards();
+    for (auto& buffer : c.factors) buffer->check_guards();
+
+    std::vector<char> written(y.size());
+    for (i64 t = 0; t < c.T; ++t)
+      if (c.has_adapter(t))
+        std::fill_n(written.begin() + t * c.y_stride * c.item, c.O() * c.item, 1);
+    for (i64 j = 0; j < y.size(); ++j)
+      require(written[j] || whole[j] == y_before[j], "apply_adapters wrote beside its rows");
+    for (int i = 0; i < 4 && c.T > 0 && !any_bits; ++i) {
+      const i64 t = random.between(0, c.T - 1), o = random.between(0, c.O() - 1);
+      if (c.has_adapter(t))
+        expect_output(c, t, o, y_before.data(), x.data(),
+                      number_at(y.data() + (t * c.y_stride + o) * c.item, c.dtype));
+    }
+    std::copy(y_before.begin(), y_before.end(), y.data());
+  }
+}
+
+// Jobs one after another with gaps between them; none but their ranges may change.
+void fuzz_slabs(Random& random) {
+  const bool any_bits = random.one_in(4);
+  const i64 dtype = random.between(0, 2), item = item_bytes(dtype);
+  std::vector<SlabJob> jobs;
+  std::vector<char> written;
+  i64 from = 0;
+  for (i64 n = random.between(1, 5); n > 0; --n) {
+    SlabJob job;
+    job.dtype = random.between(0, 2);
+    job.rows = random.one_in(3) ? 16 * random.between(1, 8) : random.between(1, 150);
+    job.columns = random.one_in(3) ? 8 * random.between(1, 9) : random.between(1, 90);
+    job.transposed = random.between(0, 1);
+    job.height = (job.transposed ? job.columns : job.rows) + random.between(0, 8);
+    job.from = from + random.between(0, 3);
+    from = job.from + job.rows * job.columns * item_bytes(job.dtype);
+    job.to = static_cast<i64>(written.size()) + random.between(0, 3);
+    job.end = job.to + job.height * (job.transposed ? job.rows : job.columns) * item +
+              random.between(0, 40);
+    written.resize(job.to);
+    written.resize(job.end, 1);
+    jobs.push_back(job);
+  }
+  written.resize(written.size() + random.between(0, 3));
+  Buffer source(from, random.between(0, 31));
+  fill(random, source, kF32, any_bits);
+  for (const SlabJob& job : jobs) {  // numbers of its own dtype
+    Buffer numbers(job.rows * job.columns * item_bytes(job.dtype), 0);
+    fill(random, numbers, job.dtype, any_bits);
+    std::memcpy(source.data() + job.from, numbers.data(), numbers.size());
+  }
+  const auto source_before = source.bytes();
+  std::vector<char> wanted;
+  i64 wanted_bad = -1;
+  for (const Kernels* kernels : ready()) {
+    Buffer slab(static_cast<i64>(written.size()), random.between(0, 63));
+    std::memset(slab.data(), 0x5a, slab.size());
+    const i64 n = static_cast<i64>(jobs.size()), cut = random.between(0, n);
+    const i64 bad = kernels->fill_slab(source.data(), slab.data(), jobs.data(), 0, cut, dtype) +
+                    kernels->fill_slab(source.data(), slab.data(), jobs.data(), cut, n, dtype);
+    slab.check_guards();
+    for (i64 j = 0; j < slab.size(); ++j)
+      require(written[j] || slab.data()[j] == 0x5a, "fill_slab wrote beside its ranges");
+    require(wanted_bad < 0 || bad == wanted_bad, "fill_slab counts differ");
+    require(wanted.empty() || bad || slab.bytes() == wanted, "fill_slab differs");
+    require(any_bits || bad == 0, "fill_slab counted finite numbers");
+    wanted_bad = bad;
+    wanted = slab.bytes();
+  }
+  require(source.bytes() == source_before, "fill_slab changed its source");
+  source.check_guards();
+}
+
 }  // namespace
 
 extern "C" void __ubsan_on_report() { name_case(); }
@@ -349,6 +593,10 @@ int main(int argc, char** argv) {
     Random random{static_cast<std::uint64_t>(case_number) * 0x2545f4914f6cdd1du};
     if (random.one_in(4))
       fuzz_rows(random);
+    else if (random.one_in(3))
+      fuzz_adapters(random);
+    else if (random.one_in(4))
+      fuzz_slabs(random);
     else
       fuzz_kv(random);
     const std::chrono::duration<double> spent = std::chrono::steady_clock::now() - began;
