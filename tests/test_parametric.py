@@ -363,6 +363,33 @@ def test_what_was_learnt_from_a_source_becomes_stale(folders: dict[str, Path]) -
     assert "stale" not in skills.named("zorvath").metadata
 
 
+# Made of others.
+
+
+def test_combined_adapters_know_their_parents(skills: Any) -> None:
+    model = build("llama")
+    cube = skills.combine(["medical", "legal"], [0.7, -0.2], "exact", name="both")
+    parents = [skills.named(name) for name in ("medical", "legal")]
+    assert cube.content["recipe"]["parents"] == [one.content["digest"] for one in parents]
+    assert list(cube.derived_from) == [one.id for one in parents]
+    assert {(r.type, r.target) for r in cube.relations} == {
+        ("merged_from", one.id) for one in parents
+    }
+    skills.attach(model)
+    with skills.use("both"):
+        used = logits(model)
+    plain = logits(model)
+    with skills.merge_into_base(["medical", "legal"], [0.7, -0.2]):
+        torch.testing.assert_close(logits(model), used, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(model), plain)
+    one = skills.combine(["medical", "legal"], name="small both", rank=4)
+    assert one.content["rank"] == 4
+    with pytest.raises(ArgumentError, match="another adapter has"):
+        skills.combine(["medical", "legal"], name="both", rank=3)
+    with pytest.raises(NotFoundError, match="nobody"):
+        skills.combine(["medical", "nobody"], name="new")
+
+
 # KV.
 
 

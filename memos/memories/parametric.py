@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import threading
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from memos.adapters.adapter import Adapter
     from memos.adapters.attach import Attachment
     from memos.adapters.into_base import Merged
-    from memos.adapters.learning import Report
+    from memos.adapters.learning.gate import Report
     from memos.adapters.pool import AdapterPool
     from memos.adapters.slab import SlabLayout
     from memos.adapters.store import AdapterStore
@@ -283,8 +284,11 @@ class ParametricMemory(DeclarativeMemory):
         from memos.adapters.merge import combine
 
         sources = [self.named(one) for one in names]
-        adapters = [self.files.load(cube.content["digest"]) for cube in sources]
+        digests = [cube.content["digest"] for cube in sources]
+        adapters = [self.files.load(digest) for digest in digests]
         made = combine(adapters, weights or [1.0] * len(adapters), method, **options)
+        recipe = {**made.card["recipe"], "parents": digests}
+        made = dataclasses.replace(made, card={**made.card, "recipe": recipe})
         return self.add(
             made,
             {**(metadata or {}), "name": name},
@@ -323,14 +327,14 @@ class ParametricMemory(DeclarativeMemory):
             cubes:   texts to learn.
             model:   the bare base model; unchanged afterwards.
             name:    of the new adapter.
-            options: as ``memos.adapters.learning.learn`` takes them: rank, steps, seed, gate, ...
+            options: as ``memos.adapters.learning.learn.learn`` takes them: rank, lr, seed, ...
 
         Returns:
             (cube, report); cube is None where the gate refused the adapter, and
             ``report.reasons`` says why. The cube has a relation "learnt_from" to each source; it
             becomes stale (metadata "stale") when one of them is changed or deleted.
         """
-        from memos.adapters.learning import learn
+        from memos.adapters.learning.learn import learn
         from memos.records.links import LEARNT_FROM
 
         self._check_name(name)
