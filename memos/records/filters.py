@@ -88,13 +88,15 @@ def values_beginning(
     Words are tried as they are, in lower case and with a capital letter. Cost: one index lookup
     for each value found and each word, whatever the number of cubes.
     """
+    # Asked a dozen times for every query: SQLAlchemy takes six times as long as the lookup.
+    look_up = connection.connection.cursor().execute
     found: dict[tuple[str, str], None] = {}
     for word in words:
         for prefix in dict.fromkeys((word, word.lower(), word[:1].upper() + word[1:])):
             last = ("", "")
             for _ in range(limit):
                 at = (memory, STRING, prefix, last[1], last[0])
-                row = connection.exec_driver_sql(_NEXT_VALUE, at).first()
+                row = look_up(_NEXT_VALUE, at).fetchone()
                 if row is None or not row[1].startswith(prefix):
                     break
                 last = (row[0], row[1])
