@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from memos.adapters.policy import Policy
-from memos.adapters.slab import Slab
+from memos.adapters.slab import Slab, empty_slab
 from memos.errors import ArgumentError, QuotaError
 
 
@@ -145,8 +145,6 @@ class Device:
 
     def upload(self, slab: torch.Tensor) -> torch.Tensor:
         """A copy on the device; complete when this returns."""
-        from memos.adapters.slab import empty_slab
-
         if self._stream is None or self._copies is None:
             if self.device.type == "cpu":
                 return empty_slab(slab.numel()).copy_(slab)

@@ -47,8 +47,10 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         stands in adapter_config.json; ``card`` is empty where another program wrote the file.
 
     Raises:
-        ArgumentError: not an adapter of plain low-rank factors (see README), or damaged. The
-            message names what. Nothing is loaded then.
+        ArgumentError: damaged, NaN or infinite, a rank above 512, or more than low-rank factors
+            beside unchanged weights: pickles, DoRA, biases, whole layers (modules_to_save),
+            embeddings, experts, activated LoRA, PiSSA and its like before their conversion. The
+            message names what was found. Nothing is loaded then.
         StoreError: the disk failed.
 
     Cost: reads the file once, in one piece.

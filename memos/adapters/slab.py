@@ -201,10 +201,9 @@ class StoredSlabs:
 
 def empty_slab(num_bytes: int, pin: bool = False) -> torch.Tensor:
     """Memory for a slab: uint8 [num_bytes] on the CPU, aligned to 256 bytes."""
-    if pin:
-        whole = torch.empty(num_bytes + ALIGN, dtype=torch.uint8, pin_memory=True)
-    else:
-        whole = _memory.empty((num_bytes + ALIGN,), torch.uint8)
+    if pin:  # whole pages
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    whole = _memory.empty((num_bytes + ALIGN,), torch.uint8)
     start = -whole.data_ptr() % ALIGN
     return whole[start : start + num_bytes]
 
