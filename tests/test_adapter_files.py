@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="adapters are torch tensors")
 
+from blake3 import blake3  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -411,6 +413,56 @@ def test_the_digest_is_of_what_is_computed(tmp_path: Path) -> None:
         dict(list(adapter.factors.items())[1:]),
     ):
         assert digest(Adapter(other, {})) != digest(adapter)
+
+
+def digest_of_file(folder: Path) -> str:
+    """Written from docs/format/adapter.md alone."""
+    data = (folder / "adapter_model.safetensors").read_bytes()
+    n = int.from_bytes(data[:8], "little")
+    assert (8 + n) % 64 == 0
+    header, payload = json.loads(data[8 : 8 + n]), data[8 + n :]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert list(header)[-1] == "__metadata__"
+    seal = json.loads(header.pop("__metadata__")["memos.seal"])
+    layers = {}
+    for name, entry in header.items():
+        layer, which = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name).groups()
+        layers.setdefault(layer, {})[which] = entry
+    table, leaves, leaf, at = [], b"", b"", 0
+    for layer in sorted(layers, key=lambda x: (layers[x]["A"]["dtype"] != "F32", x)):
+        (R, inputs), (outputs, _) = (layers[layer][which]["shape"] for which in "AB")
+        alpha = config["lora_alpha"]
+        for key, value in config.get("alpha_pattern", {}).items():
+            if re.match(rf"(.*\.)?({key})$", layer):
+                alpha = value
+                break
+        bits = struct.unpack("<I", struct.pack("<f", alpha / R))[0]
+        table.append([layer, R, inputs, outputs, layers[layer]["A"]["dtype"], bits])
+        for which in "AB":
+            start, end = layers[layer][which]["data_offsets"]
+            assert start == at
+            leaf += payload[start:end]
+            at = end
+        if len(leaf) >= 1 << 20:
+            leaves += blake3(leaf).digest()
+            leaf = b""
+    leaves += blake3(leaf).digest() if leaf else b""
+    text = json.dumps(table, separators=(",", ":")).encode()
+    length = len(text).to_bytes(8, "little")
+    found = blake3(b"memos adapter 1\n" + length + text + leaves).hexdigest()
+    assert found == seal["digest"]
+    return found
+
+
+def test_the_page_on_the_format_says_enough(tmp_path: Path) -> None:
+    mixed = [
+        make(i, [f"{n}.{i}" for n in NAMES], (3, 5), d, scale=0.3) for i, d in enumerate(DTYPES)
+    ]
+    several = Adapter({k: v for part in mixed for k, v in part.factors.items()}, {})
+    large = make(1, [f"x.{i}.\u00e9" for i in range(7)], (64, 128), inputs=1024, outputs=700)
+    for i, adapter in enumerate((several, large, make())):
+        write_adapter(tmp_path / str(i), adapter)
+        assert digest_of_file(tmp_path / str(i)) == digest(adapter)
 
 
 def test_any_scale_survives_the_file(tmp_path: Path) -> None:
