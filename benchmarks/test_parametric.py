@@ -2,8 +2,9 @@
 
 Rows: case, dtype, and what fits it. "decode step", "prefill 512": a forward pass of a Llama of 84
 linear layers (12 x 7, h = 512): ``base_ms``, then with one adapter of rank 16 ``memos_ms``,
-``peft_ms`` and what they add in percent; ``idle_percent``: attached and none in use. "8 rows, 8
-adapters": the same model decoding a mixed batch. The models take turns, a pass each; medians.
+``peft_ms`` and what they add in percent; added_us, peft_added_us: the same for one linear layer,
+and ``ratio`` of the two; ``idle_percent``: attached and none in use. "8 rows, 8 adapters": the same
+model decoding a mixed batch. The models take turns, a pass each; medians.
 
 "activate": ``use`` of a ready adapter, entered and left, beside PEFT's set_adapter and
 hotswap_adapter. "load": an adapter of these layers from the folder into its slab, verified, beside
@@ -138,10 +139,14 @@ def test_forward(
     def added(name: str) -> float:
         return 100 * (found[name] / found["base"] - 1)
 
+    def added_us(name: str) -> float:
+        return 1000 * (found[name] - found["base"]) / len(memory._layout.modules)
+
     benchmark.extra_info.update(
         case=case, dtype=dtype, base_ms=found["base"], memos_ms=found["memos"],
         peft_ms=found["peft"], added_percent=added("memos"), peft_added_percent=added("peft"),
-        idle_percent=added("idle"),
+        idle_percent=added("idle"), added_us=added_us("memos"), peft_added_us=added_us("peft"),
+        ratio=added_us("peft") / added_us("memos"),
     )  # fmt: skip
 
 
