@@ -374,6 +374,47 @@ def test_the_host_keeps_what_the_device_evicts() -> None:
     assert small.stats()["device"]["bytes"] == 0
 
 
+def test_the_host_budget_holds_while_loads_are_on_their_way() -> None:
+    adapters = [make(0), make(1)]
+    store = AdapterStore(None)
+    names = [store.put(a) for a in adapters]
+    source = Slabs(store)
+    size = source.num_bytes(names[0])
+    table = AdapterTable([(i, o) for _, i, o in MODULES], 4, torch.float32)
+    pool = AdapterPool(table, source, device_bytes=4 * size, host_bytes=size, staged=True)
+    source.held = names[0]
+    source.gate.clear()
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=name: found.update({n: pool.acquire(n)})) for name in names
+    ]
+    threads[0].start()
+    while not pool.stats()["host"]["adapters"]:
+        time.sleep(0.001)
+    threads[1].start()
+    time.sleep(0.05)
+    assert not source.loads  # the second waits for room, though nothing holds it at the gate
+    assert pool.stats()["host"]["bytes"] == size
+    source.gate.set()
+    for thread in threads:
+        thread.join(30)
+    for name, adapter in zip(names, adapters, strict=True):
+        holds(pool, found[name], adapter)
+    assert source.most <= size
+
+
+def test_a_failed_load_leaves_no_bytes_on_the_host() -> None:
+    pool, source, names = pool_of([make(0), make(1)], room=2, staged=True, host_bytes=1 << 20)
+    size = source.num_bytes(names[0])
+    source.num_bytes = lambda digest: size
+    source.store.delete(names[0])
+    with pytest.raises(NotFoundError):
+        pool.acquire(names[0])
+    assert pool.stats()["host"] == {"bytes": 0, "budget": 1 << 20, "adapters": 0}
+    with pool.using(names[1:]):
+        assert pool.stats()["host"]["bytes"] == size
+
+
 # Random histories against a plain model
 
 
