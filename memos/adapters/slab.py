@@ -15,11 +15,10 @@ from memos.adapters.packed import DTYPES, Layer, Packed, is_dense, leaves, pack,
 from memos.adapters.store import AdapterStore
 from memos.errors import ArgumentError
 from memos.kernels import _memory
+from memos.kernels.adapters import ALIGNMENT, RANK_STEP
 from memos.kernels.kv import DTYPES as DTYPE_NUMBERS
 from memos.kernels.slabs import SlabJobs, fill_slab
 
-ALIGN = 256  # of the slab and of each tensor in it, in bytes
-RANK_STEP = 8  # ranks are padded to a multiple of it
 _KEPT_PLANS = 64
 _NAMED = 3  # in messages
 
@@ -203,13 +202,13 @@ def empty_slab(num_bytes: int, pin: bool = False) -> torch.Tensor:
     """Memory for a slab: uint8 [num_bytes] on the CPU, aligned to 256 bytes."""
     if pin:  # whole pages
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    whole = _memory.empty((num_bytes + ALIGN,), torch.uint8)
-    start = -whole.data_ptr() % ALIGN
+    whole = _memory.empty((num_bytes + ALIGNMENT,), torch.uint8)
+    start = -whole.data_ptr() % ALIGNMENT
     return whole[start : start + num_bytes]
 
 
 def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGN) * ALIGN
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def _named(items: Sequence[str]) -> str:
