@@ -343,9 +343,11 @@ REFUSED = {
 def test_refused_by_name(tmp_path: Path, what: str) -> None:
     parts, message = REFUSED[what]
     put_files(tmp_path / "a", **parts)
-    with pytest.raises(ArgumentError, match=f"(?s){message}") as caught:
+    with pytest.raises(ArgumentError) as caught:
         read_adapter(tmp_path / "a")
-    assert len(str(caught.value)) < 1000
+    said = str(caught.value).replace(str(tmp_path), "")  # the folder is named after the case
+    assert re.search(message, said, re.DOTALL)
+    assert len(said) < 900
 
 
 def test_no_folder(tmp_path: Path) -> None:
