@@ -135,7 +135,8 @@ class Attachment:
         self.dtype, self.device = _place(model)
         self.table = AdapterTable(list(self.shapes.values()), num_slots, self.dtype, self.device)
         self.number = next(_numbers)
-        self._open = 0
+        self._held = self._open = 0
+        self._is_detached = False
         self._lock = threading.Lock()
         self._layers = [
             _Layer(self, i, name, model.get_submodule(name)) for i, name in enumerate(self.shapes)
@@ -157,13 +158,29 @@ class Attachment:
                     "take that away first"
                 )
         with self._lock:
-            if self._open:
-                raise ArgumentError(f"detach: no adapter in use wanted, got {self._open} uses")
+            if self._held or self._open:
+                raise ArgumentError(
+                    f"detach: no adapter in use wanted, got {max(self._held, self._open)} uses"
+                )
+            self._is_detached = True
         for layer in self._layers:
             del layer.module.forward
             if layer.before is not None:
                 layer.module.forward = layer.before
         delattr(self.model, ADAPTERS)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In this block the model is not detached. Raises ArgumentError where it is already."""
+        with self._lock:
+            if self._is_detached:
+                raise ArgumentError("use: the model was detached")
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= 1
 
     @contextmanager
     def use(self, slots: Sequence[int], identities: Sequence[str]) -> Iterator[Use]:

@@ -191,6 +191,7 @@ class ParametricMemory(DeclarativeMemory):
             raise ArgumentError(f"names: a list with a name or None per row wanted, got {names!r}")
         digests = {name: self._digest(name) for name in set(names) if name is not None}
         with ExitStack() as stack:
+            stack.enter_context(attached.held())
             slots = dict(stack.enter_context(pool.using(list(digests.values()))))
             identities = [digests[name] if name is not None else "" for name in names]
             stack.enter_context(
