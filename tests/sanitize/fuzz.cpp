@@ -578,6 +578,72 @@ void fuzz_slabs(Random& random) {
   source.check_guards();
 }
 
+// Matrices at any byte of a source -> one behind the other in a slab, with padding.
+void fuzz_slab(Random& random) {
+  const i64 dtype = random.between(0, 2), item = item_bytes(dtype);
+  const bool any_bits = random.one_in(3);
+  std::vector<SlabJob> jobs;
+  i64 from = 0, to = 0;
+  for (i64 i = random.between(0, 4); i > 0; --i) {
+    const i64 rows = random.pick<i64>({1, 8, 16, 17, random.between(1, 200)});
+    const i64 columns = random.pick<i64>({1, 8, 16, 33, random.between(1, 200)});
+    const i64 kind = random.between(0, 2), transposed = random.between(0, 1);
+    from += random.between(0, 5);
+    const i64 height = (transposed ? columns : rows) + random.between(0, 9);
+    const i64 end = to + height * (transposed ? rows : columns) * item + random.between(0, 300);
+    jobs.push_back({from, kind, rows, columns, transposed, to, height, end});
+    from += rows * columns * item_bytes(kind);
+    to = end + random.between(0, 40);
+  }
+  const i64 n = static_cast<i64>(jobs.size());
+  Buffer source(from, random.between(0, 64)), slab(to, random.between(0, 7) * 4);
+  for (const SlabJob& job : jobs) {
+    Buffer numbers(job.rows * job.columns * item_bytes(job.dtype), 0);
+    fill(random, numbers, job.dtype, any_bits);
+    std::memcpy(source.data() + job.from, numbers.data(), numbers.size());
+  }
+  const auto before = source.bytes();
+  std::vector<char> first;
+  i64 first_bad = 0;
+  for (const Kernels* kernels : ready()) {
+    std::memset(slab.data(), 0x77, slab.size());
+    const i64 cut = random.between(0, n);
+    const i64 bad = kernels->fill_slab(source.data(), slab.data(), jobs.data(), 0, cut, dtype) +
+                    kernels->fill_slab(source.data(), slab.data(), jobs.data(), cut, n, dtype);
+    source.check_guards();
+    slab.check_guards();
+    require(source.bytes() == before, "fill_slab changed its source");
+    if (first.empty()) first = slab.bytes(), first_bad = bad;
+    require(bad == first_bad, "fill_slab counts other numbers");
+    i64 at = 0, not_finite = 0;
+    const auto gap = [&](i64 end, char mark) {
+      for (; at < end; ++at) require(slab.data()[at] == mark, "fill_slab: a gap is not as it was");
+    };
+    for (const SlabJob& job : jobs) {
+      gap(job.to, 0x77);
+      for (i64 i = 0; i < job.rows * job.columns; ++i, at += item) {
+        const i64 r = job.transposed ? i % job.rows : i / job.columns;
+        const i64 c = job.transposed ? i / job.rows : i % job.columns;
+        const float want = number_at(
+            source.data() + job.from + (r * job.columns + c) * item_bytes(job.dtype), job.dtype);
+        const float got = number_at(slab.data() + at, dtype), here = number_at(&first[at], dtype);
+        not_finite += !std::isfinite(got);
+        require(got == here || (got != got && here != here), "fill_slab differs");
+        if (want != want || got != got || std::isinf(got)) {
+          require(want != want ? got != got : std::abs(want) > 65503 || std::isinf(want),
+                  "fill_slab: not the number");
+          continue;
+        }
+        const double eps = dtype == kF32 ? 0 : dtype == kF16 ? 0x1p-11 : 0x1p-8;
+        require(std::abs(static_cast<double>(got) - want) <= eps * std::abs(want) + 0x1p-25,
+                "fill_slab: not the nearest number");
+      }
+      gap(job.end, 0);
+    }
+    require(not_finite == bad, "fill_slab counts wrong");
+  }
+}
+
 }  // namespace
 
 extern "C" void __ubsan_on_report() { name_case(); }
@@ -593,6 +659,8 @@ int main(int argc, char** argv) {
     Random random{static_cast<std::uint64_t>(case_number) * 0x2545f4914f6cdd1du};
     if (random.one_in(4))
       fuzz_rows(random);
+    else if (random.one_in(4))
+      fuzz_slab(random);
     else if (random.one_in(3))
       fuzz_adapters(random);
     else if (random.one_in(4))
