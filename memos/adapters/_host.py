@@ -21,13 +21,18 @@ class Source(Protocol):
     def num_bytes(self, digest: str) -> int:
         """Of the slab, before it is loaded."""
 
-    def load(self, digest: str) -> Slab:
-        """A slab in host memory, and its offsets."""
+    def load(self, digest: str, into: torch.Tensor | None = None) -> Slab:
+        """A slab in host memory, which is the pool's from then on, and its offsets.
+
+        It may be ``into``, a slab of this size that the pool needs no more.
+        """
 
 
-def load_checked(source: Source, digest: str, num_bytes: int) -> Slab:
+def load_checked(
+    source: Source, digest: str, num_bytes: int, into: torch.Tensor | None = None
+) -> Slab:
     """``source.load``, of the size that was reserved. Raises ArgumentError where it is not."""
-    slab, offsets = source.load(digest)
+    slab, offsets = source.load(digest, into)
     if slab.numel() != num_bytes:
         raise ArgumentError(
             f"source: a slab of {num_bytes} bytes wanted for {digest}, as num_bytes says, got "

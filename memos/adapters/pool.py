@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ class _Entry:
     num_bytes: int
     slot: int
     users: int
+    memory: Any = None  # the slab of the table, or until then one of this size to be overwritten
     is_ready: bool = False
     error: BaseException | None = None
 
@@ -289,8 +291,9 @@ class AdapterPool:
                 unsized = [digest for digest in missing if digest not in self._sizes]
                 if not unsized:
                     sizes = [self._sizes[digest] for digest in missing]
-                    if self._make_room(wanted, sizes):
-                        return self._count(wanted, missing, uses)
+                    spare = self._make_room(wanted, sizes)
+                    if spare is not None:
+                        return self._count(wanted, missing, uses, spare)
                     self._changed.wait()
             for digest in unsized:
                 size = self.source.num_bytes(digest)
@@ -300,12 +303,13 @@ class AdapterPool:
                     self._sizes[digest] = size
 
     def _count(
-        self, wanted: Sequence[str], missing: Sequence[str], uses: int
+        self, wanted: Sequence[str], missing: Sequence[str], uses: int, spare: dict[int, Any]
     ) -> tuple[list[_Entry], list[_Entry]]:
         mine = []
         for digest in missing:
             size = self._sizes[digest]
-            entry = self._entries[digest] = _Entry(digest, size, self._free.pop(), 0)
+            entry = _Entry(digest, size, self._free.pop(), 0, spare.pop(size, None))
+            self._entries[digest] = entry
             self._used += size
             self._policy.admit(digest, size)
             mine.append(entry)
@@ -319,8 +323,11 @@ class AdapterPool:
                     self._host.touch(entry.digest)
         return held, mine
 
-    def _make_room(self, wanted: Sequence[str], sizes: Sequence[int]) -> bool:
-        """Evict until the sizes fit. False: they will when what is being prefetched is there.
+    def _make_room(self, wanted: Sequence[str], sizes: Sequence[int]) -> dict[int, Any] | None:
+        """Evict until the sizes fit. None: they will when what is being prefetched is there.
+
+        Returns:
+            Evicted slabs by their size, to be overwritten.
 
         Raises:
             QuotaError: they cannot; nothing is evicted then.
@@ -328,24 +335,26 @@ class AdapterPool:
         need = self._used + sum(sizes) - self.device_bytes  # bytes that have to go
         slots = len(sizes) - len(self._free)
         if need <= 0 and slots <= 0:
-            return True
+            return {}
         kept = {*wanted, *self._pinned}
         idle = [e for e in self._entries.values() if not e.users and e.digest not in kept]
         ready = [entry for entry in idle if entry.is_ready]
         if need > sum(entry.num_bytes for entry in ready) or slots > len(ready):
             if len(ready) < len(idle):
-                return False
+                return None
             self._refuse(wanted, sum(sizes))
         may_go = {entry.digest for entry in ready}
+        spare = {}
         for digest in self._policy.victims():
             if need <= 0 and slots <= 0:
                 break
             if digest in may_go:
                 entry = self._entries[digest]
+                spare[entry.num_bytes] = entry.memory
                 self._remove(entry)
                 self._counts["evictions"] += 1
                 need, slots = need - entry.num_bytes, slots - 1
-        return True
+        return spare
 
     def _refuse(self, wanted: Sequence[str], missing_bytes: int) -> None:
         there = [self._entries[digest] for digest in wanted if digest in self._entries]
@@ -361,16 +370,10 @@ class AdapterPool:
 
     def _load(self, entry: _Entry) -> None:
         """Bring one adapter into its slot. Whatever is raised, nothing of it is left."""
-        start = time.perf_counter()
         try:
-            if self._host is None:
-                slab, offsets = load_checked(self.source, entry.digest, entry.num_bytes)
-                self._arrive(entry, slab, offsets, start, False)
-                return
-            with self._host.slab(self.source, entry.digest, entry.num_bytes) as (found, was_here):
-                slab = self._device.upload(found[0])
-                self._arrive(entry, slab, found[1], start, was_here)
+            self._fetch(entry, time.perf_counter())
         except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # slabs in them outlive their budget
             with self._changed:
                 entry.error = error
                 self._remove(entry)
@@ -378,6 +381,16 @@ class AdapterPool:
                     self._keep_error(entry.digest, error)
                 self._changed.notify_all()
             raise
+
+    def _fetch(self, entry: _Entry, start: float) -> None:
+        if self._host is None:
+            spare, entry.memory = entry.memory, None
+            slab, offsets = load_checked(self.source, entry.digest, entry.num_bytes, spare)
+            entry.memory = slab
+            self._arrive(entry, slab, offsets, start, False)
+            return
+        with self._host.slab(self.source, entry.digest, entry.num_bytes) as (found, was_here):
+            self._arrive(entry, self._device.upload(found[0]), found[1], start, was_here)
 
     def _arrive(self, entry: _Entry, slab: Any, offsets: Any, start: float, hit: bool) -> None:
         with self._changed:
@@ -411,6 +424,7 @@ class AdapterPool:
             self._changed.wait()
 
     def _remove(self, entry: _Entry) -> None:
+        entry.memory = None
         if self._entries.get(entry.digest) is not entry:
             return
         if entry.is_ready:

@@ -107,8 +107,19 @@ class SlabLayout:
             raise ArgumentError(f"adapter: {self._beyond(bad)}")
         return slab, plan.offsets
 
-    def load(self, store: AdapterStore, digest: str, *, pin: bool = False) -> Slab:
+    def load(
+        self,
+        store: AdapterStore,
+        digest: str,
+        *,
+        pin: bool = False,
+        into: torch.Tensor | None = None,
+    ) -> Slab:
         """``make`` of a stored adapter, checked against its digest on the way.
+
+        Args:
+            into: a slab that no one reads any more: overwritten and returned where it has the
+                right size. Fresh memory costs as much again as filling it.
 
         Raises:
             NotFoundError: no such adapter.
@@ -120,7 +131,9 @@ class SlabLayout:
         """
         with store.open(digest) as stored:
             plan = self.plan(stored.layers)
-            slab, bad = empty_slab(plan.num_bytes, pin), [0] * len(plan.by_leaf)
+            if into is None or into.numel() != plan.num_bytes:
+                into = empty_slab(plan.num_bytes, pin)
+            slab, bad = into, [0] * len(plan.by_leaf)
 
             def take(i: int, data: NDArray[numpy.uint8]) -> None:
                 bad[i] = fill_slab(slab, data, plan.by_leaf[i])
@@ -193,9 +206,9 @@ class StoredSlabs:
         with self.store.open(digest) as stored:
             return self.layout.num_bytes(stored.layers)
 
-    def load(self, digest: str) -> Slab:
+    def load(self, digest: str, into: torch.Tensor | None = None) -> Slab:
         """See ``SlabLayout.load``."""
-        return self.layout.load(self.store, digest, pin=self.pin)
+        return self.layout.load(self.store, digest, pin=self.pin, into=into)
 
 
 def empty_slab(num_bytes: int, pin: bool = False) -> torch.Tensor:
