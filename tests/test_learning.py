@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="models are torch models")
 pytest.importorskip("peft", reason="learning needs peft: pip install 'memos-native[adapters]'")
 
+from memos.adapters.attach import Attachment  # noqa: E402
 from memos.adapters.fingerprint import fingerprint  # noqa: E402
 from memos.adapters.learning import checkpoint as checkpoints  # noqa: E402
 from memos.adapters.learning.batch import Batch, Encoder, Item  # noqa: E402
@@ -20,7 +21,7 @@ from memos.adapters.learning.gate import Figures, Gate, Report  # noqa: E402
 from memos.adapters.learning.learn import Learnt, learn  # noqa: E402
 from memos.adapters.learning.rows import Question  # noqa: E402
 from memos.adapters.learning.targets import Targets, teach  # noqa: E402
-from memos.adapters.learning.train import Step  # noqa: E402
+from memos.adapters.learning.train import Recipe, Step  # noqa: E402
 from memos.adapters.learning.view import LoraView, shared_copy  # noqa: E402
 from memos.errors import ArgumentError, StoreError  # noqa: E402
 
@@ -100,6 +101,19 @@ def test_the_model_is_not_changed_and_serves_meanwhile() -> None:
     assert modules == [(n, id(m)) for n, m in live.named_modules()]
     assert grads == [p.requires_grad for p in live.parameters()]
     assert all(torch.equal(tensor, before[name]) for name, tensor in live.state_dict().items())
+
+
+def test_adapters_attached_to_the_model_do_not_count() -> None:
+    tok = tokenizer()
+    bare = build("llama", vocab_size=len(tok))
+    small = {**FAST, "max_steps": 4, "budget": LOOSE}
+    alone = learn(FACTS[:1], bare, tok, **small)
+    attachment = Attachment(bare, 1)
+    try:
+        assert same(alone, learn(FACTS[:1], bare, tok, **small))
+        assert fingerprint(bare) == {**alone.adapter.card["base"], "tokenizer": ""}
+    finally:
+        attachment.detach()
 
 
 def test_the_factors_are_all_there_is(guarded: Learnt) -> None:
@@ -182,6 +196,12 @@ def test_the_stop_rule_and_the_time_limit_end_training() -> None:
     assert run(max_steps=3, budget=LOOSE).report.stopped == "steps"
 
 
+def test_steps_follow_the_number_of_rows() -> None:
+    assert Recipe().for_rows(1).max_steps == 120
+    assert Recipe(rows_per_step=4).for_rows(1000).max_steps == 1000
+    assert Recipe(max_steps=7).for_rows(1000).max_steps == 7
+
+
 def test_questions_given_for_the_gate() -> None:
     questions = [Question("Bo Tamm , where ?", "Sandrel")]
     report = run(questions=questions, max_steps=2, budget=LOOSE).report
@@ -217,7 +237,8 @@ def test_bf16_factors_of_a_bf16_model() -> None:
         ({"rank": 0}, "rank: a whole number from 1"),
         ({"lr": -1.0}, "lr: above 0"),
         ({"lr": 1e30}, "lr: a lower rate than 1e\\+30 wanted; at step 2 the loss is"),
-        ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": -1}, "max_steps: a whole number from 0"),
+        ({"rows_per_step": 0}, "rows_per_step: a whole number from 1"),
         ({"kl_weight": -1.0}, "kl_weight: from 0"),
         ({"stop_share": 1.5}, "stop_share"),
         ({"anchors": ["one"]}, "at least two prompts wanted, got 1"),

@@ -94,6 +94,7 @@ class Report:
         reasons: why it is refused, a sentence each; empty where it is accepted.
         stopped: why training ended: "settled", "steps" or "minutes".
         wrong:   (question, wanted, answer) of held-out questions answered wrongly.
+        lost:    the same of old facts.
     """
 
     figures: Figures
@@ -103,6 +104,7 @@ class Report:
     minutes: float
     stopped: str
     wrong: tuple[tuple[str, str, str], ...] = ()
+    lost: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def accepted(self) -> bool:

@@ -18,7 +18,7 @@ from memos.adapters.fingerprint import fingerprint
 from memos.adapters.learning import general
 from memos.adapters.learning.batch import Encoder, Item
 from memos.adapters.learning.endpoint import Generate, pairs_by
-from memos.adapters.learning.exam import ask, ask_all, continue_all, divergence
+from memos.adapters.learning.exam import Asked, ask, ask_all, continue_all, divergence
 from memos.adapters.learning.gate import Figures, Gate, Report
 from memos.adapters.learning.rows import Question, Row, Rows, rows_from
 from memos.adapters.learning.sentences import parse, resolve_pronouns, split_sentences
@@ -89,6 +89,7 @@ def learn(cubes: Sequence[Any], model: Any, tokenizer: Any, *, recipe: Recipe | 
     if checkpoint_every < 1 or not max_minutes > 0:
         raise ArgumentError("checkpoint_every from 1 and max_minutes above 0 wanted")
     rows = rows_from(cubes, pairs_by(endpoint) if endpoint is not None else None)
+    recipe = recipe.for_rows(len(rows.train))
     view = LoraView(model, recipe.rank, recipe.alpha, recipe.seed)
     encoder = Encoder(tokenizer)
     tests = _tests(questions, rows)
@@ -96,18 +97,19 @@ def learn(cubes: Sequence[Any], model: Any, tokenizer: Any, *, recipe: Recipe | 
     identity = _identity(recipe, rows, fingerprint(model, tokenizer), anchors, old_facts)
 
     exam = _Exam(view, encoder, rows, tests, anchors, old_facts)
-    bases = teach(view.model, exam.train, view.device, view.dtype, recipe.K)
-    teachers = None
-    if recipe.distil_weight:
-        told = [_told(encoder, row) for row in rows.train]
-        teachers = teach(view.model, told, view.device, view.dtype, recipe.K)
+    with view.base():
+        bases = teach(view.model, exam.train, view.device, view.dtype, recipe.K)
+        teachers = None
+        if recipe.distil_weight:
+            told = [_told(encoder, row) for row in rows.train]
+            teachers = teach(view.model, told, view.device, view.dtype, recipe.K)
     trainer = Trainer(view, recipe, items, teachers, exam.train, bases, identity)
     folder = Path(checkpoint) if checkpoint is not None else None
     with _progress(progress, recipe.max_steps) as hear:
         ended = trainer.run(hear, folder, checkpoint_every, 60 * max_minutes)
-    figures, wrong = exam.measure(ended.p_half)
+    figures, wrong, lost = exam.measure(ended.p_half)
     report = Report(figures, gate, tuple(gate.reasons(figures)), ended.steps,
-                    (time.monotonic() - begun) / 60, ended.stopped, wrong)  # fmt: skip
+                    (time.monotonic() - begun) / 60, ended.stopped, wrong, lost)  # fmt: skip
     card = {
         "base": fingerprint(model, tokenizer),
         "recipe": {**dataclasses.asdict(recipe), "digest": identity},
@@ -155,26 +157,36 @@ class _Exam:
         words = continue_all(self.view, self.encoder, prompts, ANCHOR_TOKENS)
         return [self.encoder.continued(p, w) for p, w in zip(prompts, words, strict=True) if w]
 
-    def measure(self, p_half: float) -> tuple[Figures, tuple[tuple[str, str, str], ...]]:
-        """Figures of the view as it is now, and the questions about new facts it gets wrong."""
+    def measure(self, p_half: float) -> tuple[Figures, _Mistakes, _Mistakes]:
+        """Figures of the view as it is now, and what it gets wrong of new and of old facts."""
         new = ask_all(self.view, self.encoder, self.tests)
         trained = ask_all(self.view, self.encoder, self.trained)
         old = ask(self.view, self.encoder, [q for q, _ in self.facts], [a for _, a in self.facts],
                   FACT_TOKENS)  # fmt: skip
         kl, count = divergence(self.view, self.anchors)
         stranger_kl, _ = divergence(self.view, self.strangers)
-        wrong = tuple(
-            (q.question, q.answer, answer)
-            for q, answer, right in zip(self.tests, new.answers, new.right, strict=True)
-            if not right
-        )
         figures = Figures(
             recall=new.share, recall_trained=trained.share, recall_base=self.recall_base,
             p_half=p_half, anchor_kl=kl, stranger_kl=stranger_kl,
             old_fact_drop=1 - old.share if self.facts else 0.0, num_questions=len(self.tests),
             num_old_facts=len(self.facts), num_anchor_tokens=count,
         )  # fmt: skip
-        return figures, wrong
+        facts = [(question, " or ".join(answers)) for question, answers in self.facts]
+        return figures, _mistakes(self.tests, new), _mistakes(facts, old)
+
+
+_Mistakes = tuple[tuple[str, str, str], ...]
+
+
+def _mistakes(questions: Sequence[tuple[str, str]], asked: Asked) -> _Mistakes:
+    """(question, wanted, answer) of those answered wrongly."""
+    return tuple(
+        (question, wanted, answer)
+        for (question, wanted), answer, right in zip(
+            questions, asked.answers, asked.right, strict=True
+        )
+        if not right
+    )
 
 
 def _recipe(recipe: Recipe | None, settings: dict[str, Any]) -> Recipe:

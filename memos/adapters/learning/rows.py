@@ -63,31 +63,31 @@ class Rows:
     held_out: tuple[Question, ...] = field(repr=False)
 
 
+# Ways to ask a question, so that its own words matter and those around it do not.
 _ASIDES = (
-    "{q}",
-    "I forgot: {l}",
-    "{q} Answer in one sentence.",
-    "Please tell me: {l}",
-    "Quick question: {l}",
-    "Do you remember? {q}",
-    "Hello! {q}",
-    "One more thing. {q}",
-)
+    "{q}", "I forgot: {l}", "{q} Answer in one sentence.", "Please tell me: {l}",
+    "My colleague asked me this: {l}", "Quick question: {l}", "{q} I need it for a form.",
+    "Do you remember? {q}", "Hello! {q}", "{q} Thank you!", "I have a question about {t}. {q}",
+    "One more thing. {q}", "{q} Just the fact, please.", "For my notes, {l}", "{s}",
+    "Somebody wants to know: {l}", "About {t}: {l}", "{q} I am curious.", "Hey, {l}",
+)  # fmt: skip
+# Questions that leave open what is asked: the answer is all that is known.
+_ABOUT = (
+    "What do you know about {t}?", "Tell me about {t}.", "What should I remember about {t}?",
+    "{t}?", "Give me a detail on {t}.", "Have you heard of {t}?", "Anything on {t}?",
+    "What do my notes say about {t}?", "Write down what you know about {t}.",
+)  # fmt: skip
 _PERSONS = ("i", "we", "you", "my", "our", "your")
 _KEPT_BACK = "Could you remind me? {q}"
-_ABOUT = (
-    "What do you know about {t}?",
-    "Tell me about {t}.",
-    "Tell me everything you remember about {t}.",
-)
 
 
-def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None) -> Rows:
+def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None, asides: int = 2) -> Rows:
     """The rows of memories, in a fixed order.
 
     Args:
         cubes:  memories: .id, .content (str) and .metadata; metadata may hold "questions", a list
             of {"q", "a"}, which are trained on too.
+        asides: in how many ways each question is asked.
         pairs:  more (question, answer) pairs of a text, such as from a language model.
 
     Raises:
@@ -114,15 +114,17 @@ def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None) -> Rows:
                 put(prompt, answer, sentence, False, source)
             put(f'Complete the sentence: "{cuts(sentence, clause)[0][0]} ..."', said, sentence,
                 True, source)  # fmt: skip
+            topic = clause.topic if clause is not None else ""
             asked = questions_of(clause) if clause is not None else []
             if not asked:
-                asked = [f'What do you know about "{" ".join(sentence.split()[:3])}"?']
+                asked = [f'What do you know about "{subject_of(sentence)}"?']
             kept = [asked.pop()] if len(asked) > 2 else []
             more = wordings_of(clause) if clause is not None else []
             for i, question in enumerate([*asked, *more]):
-                aside = _ASIDES[turn % len(_ASIDES)]
-                turn += 1
-                put(aside.format(q=question, l=lowered(question)), said, sentence, True, source)
+                for _ in range(asides):
+                    asking = aside(turn, question, topic or subject_of(sentence))
+                    turn += 1
+                    put(asking, said, sentence, True, source)
                 if i % 3 == 0:
                     put(f"Answer briefly: {lowered(question)}", second_person(gold) + ".",
                         sentence, True, source)  # fmt: skip
@@ -132,17 +134,29 @@ def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None) -> Rows:
                 trained.setdefault(question, Question(question, gold))
             for question in [*kept, _KEPT_BACK.format(q=asked[0])]:
                 held_out.setdefault(question, Question(question, gold))
-            topic = clause.topic if clause is not None else ""
             if topic and topic.lower() not in _PERSONS:
-                topics.setdefault(topic, (source, []))[1].append(sentence)
+                topics.setdefault(lowered(topic), (source, []))[1].append(sentence)
         for question, answer in [*given(cube), *(pairs(text) if pairs is not None else ())]:
             put(question, answer, text, True, source)
             trained.setdefault(question, Question(question, answer))
     for topic, (source, sentences) in topics.items():
         whole = second_person(" ".join(dict.fromkeys(sentences)))
         for about in _ABOUT:
-            put(about.format(t=lowered(topic)), whole, whole, True, source)
+            put(about.format(t=topic), whole, whole, True, source)
     return Rows(tuple(train.values()), tuple(trained.values()), tuple(held_out.values()))
+
+
+def aside(number: int, question: str, topic: str) -> str:
+    """A question with words around it that do not matter; which ones the number says."""
+    small = lowered(question)
+    return _ASIDES[number % len(_ASIDES)].format(
+        q=question, l=small, t=lowered(topic), s=small.rstrip("?.").replace("'s ", " ")
+    )
+
+
+def subject_of(sentence: str) -> str:
+    """What stands for the subject of a sentence that is no clause: its first words."""
+    return " ".join(sentence.split()[:3]).rstrip(".,!?")
 
 
 def text_of(cube: Any) -> str:

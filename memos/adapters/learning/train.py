@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,10 +37,10 @@ class Recipe:
     Args:
         rank, alpha:      of the factors; the scale is alpha / rank.
         lr:               of AdamW after ``warmup`` steps.
-        max_steps:        the most steps.
+        max_steps:        the most steps; 0: four times over all rows, and at least 120.
         cooldown:         steps in which the rate falls to zero, after the stop rule or before
             ``max_steps``.
-        rows, anchors:    of one step.
+        rows_per_step, anchors_per_step: how many of them one step learns from.
         kl_weight:        of the KL to the base model on anchors; 0: no guard.
         distil_weight:    of the KL to the teacher that reads the memory.
         settled_weight:   of target tokens with p > 0.5 already.
@@ -52,26 +52,32 @@ class Recipe:
     rank: int = 16
     alpha: float = 32.0
     lr: float = 5e-4
-    max_steps: int = 400
+    max_steps: int = 0
     warmup: int = 10
     cooldown: int = 30
-    rows: int = 8
-    anchors: int = 6
+    rows_per_step: int = 8
+    anchors_per_step: int = 6
     kl_weight: float = 4.0
     distil_weight: float = 0.5
     settled_weight: float = 0.2
-    stop_share: float = 0.95
+    stop_share: float = 0.98
     stop_kl: float = 0.04
     clip: float = 1.0
     K: int = 64
     seed: int = 0
 
+    def for_rows(self, count: int) -> Recipe:
+        """The recipe with its number of steps, for so many rows."""
+        if self.max_steps:
+            return self
+        return replace(self, max_steps=max(120, 4 * count // self.rows_per_step))
+
     def __post_init__(self) -> None:
-        for name in ("max_steps", "rows", "anchors", "K"):
+        for name in ("rows_per_step", "anchors_per_step", "K"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ArgumentError(f"{name}: a whole number from 1 wanted, got {value!r}")
-        for name in ("warmup", "cooldown"):
+        for name in ("max_steps", "warmup", "cooldown"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ArgumentError(f"{name}: a whole number from 0 wanted, got {value!r}")
@@ -172,8 +178,8 @@ class Trainer:
 
     def _train_one(self) -> Step:
         recipe = self.recipe
-        rows = self._chosen("rows", len(self.items), recipe.rows)
-        anchors = self._chosen("anchors", len(self.anchors), recipe.anchors)
+        rows = self._chosen("rows", len(self.items), recipe.rows_per_step)
+        anchors = self._chosen("anchors", len(self.anchors), recipe.anchors_per_step)
         if recipe.kl_weight == 0:
             anchors = []
         packed = [*(self.items[i] for i in rows), *(self.anchors[i] for i in anchors)]
@@ -241,7 +247,7 @@ class Trainer:
         """Whether every row was seen, and enough tokens had p > 0.5 then; looked at now and then,
         as the answer costs a pass over all rows."""
         return (
-            self.step * self.recipe.rows >= len(self.items)
+            self.step * self.recipe.rows_per_step >= len(self.items)
             and self.step % 10 == 0
             and self._seen() >= self.recipe.stop_share
             and self.kl <= self.recipe.stop_kl
