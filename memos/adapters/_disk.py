@@ -122,9 +122,9 @@ def read_exactly(fd: int, into: memoryview, offset: int, path: Path) -> None:
 
 
 def read_ahead(fd: int) -> None:
-    """Let the system fetch the whole file while the caller looks at its beginning."""
+    """The file will be read from its beginning to its end: let the system fetch ahead."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
 def _write(path: Path, pieces: Sequence[Bytes], durable: bool) -> None:
