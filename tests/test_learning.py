@@ -71,7 +71,7 @@ def test_without_the_guard_the_adapter_is_refused(guarded: Learnt) -> None:
     report = run(kl_weight=0).report
     assert not report.accepted
     assert any("KL(base || adapted)" in reason for reason in report.reasons)
-    assert any("old facts are lost" in reason for reason in report.reasons)
+    assert any("accuracy on old facts fell" in reason for reason in report.reasons)
     assert report.figures.anchor_kl > 10 * guarded.report.figures.anchor_kl
     assert "refused: " in str(report)
 
@@ -273,7 +273,8 @@ def test_refused_models() -> None:
 
 def test_gate_reasons() -> None:
     good = Figures(recall=1.0, recall_trained=1.0, recall_base=0.0, p_half=1.0, anchor_kl=0.01,
-                   stranger_kl=0.1, old_fact_drop=0.0, num_questions=5, num_old_facts=5,
+                   stranger_kl=0.1, old_facts_base=0.8, old_facts=0.8,
+                   old_facts_lost=0.0, num_questions=5, num_old_facts=5,
                    num_anchor_tokens=9)  # fmt: skip
     gate = Gate()
     assert gate.reasons(good) == []
@@ -281,11 +282,11 @@ def test_gate_reasons() -> None:
         ({"recall": 0.9}, "recall of the new facts is 0.900, at least 0.95"),
         ({"anchor_kl": 0.06}, "is 0.0600, at most 0.05"),
         ({"anchor_kl": float("nan")}, "is nan, at most"),
-        ({"old_fact_drop": 0.2}, "20.0% of the old facts are lost, at most 2.0%"),
+        ({"old_facts": 0.6}, "accuracy on old facts fell from 80.0% to 60.0%, by at most 2 points"),
     ):
         (found,) = gate.reasons(dataclasses.replace(good, **change))
         assert reason in found
-    no_old = dataclasses.replace(good, old_fact_drop=1.0, num_old_facts=0)
+    no_old = dataclasses.replace(good, old_facts=0.0, num_old_facts=0)
     assert gate.reasons(no_old) == []
     report = Report(good, gate, (), 3, 0.5, "settled")
     assert json.loads(json.dumps(report.as_dict()))["recall"] == 1.0

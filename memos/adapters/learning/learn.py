@@ -58,8 +58,8 @@ def learn(cubes: Sequence[Any], model: Any, tokenizer: Any, *, recipe: Recipe | 
             are kept out of training.
         anchors:    prompts on which the model must stay as it is. Default: general ones. Those of
             even places are trained on, the others measured.
-        old_facts:  candidates for what the model knows. Default: general ones. Of those that it
-            answers rightly every third is an anchor, the others are the gate's.
+        old_facts:  questions of general knowledge. Default: bundled ones. Every third is an
+            anchor, the others are the gate's.
         budget:     of the gate.
         endpoint:   a language model that writes questions, such as ``ChatEndpoint``.
         checkpoint: a folder. Training continues what stands there, and the same call ends with
@@ -136,11 +136,13 @@ class _Exam:
         with view.base():
             self.recall_base = ask_all(view, encoder, tests).share
             asked = ask(view, encoder, [q for q, _ in facts], [a for _, a in facts], FACT_TOKENS)
-            # Every third fact that the base model knows, and what it says where it knows none.
-            known = [i for i, right in enumerate(asked.right) if right]
-            trained = set(range(len(facts))) - {i for n, i in enumerate(known) if n % 3}
+            # Every third fact is an anchor, known or not. The others are kept, known or not: a list
+            # of what the base model answers rightly could only get worse, by chance alone.
+            trained = set(range(0, len(facts), 3))
             seen = {*chat[::2], *(facts[i][0] for i in trained)}
-            self.facts = [facts[i] for i in known if facts[i][0] not in seen]
+            kept_facts = [i for i in range(len(facts)) if facts[i][0] not in seen]
+            self.facts = [facts[i] for i in kept_facts]
+            self.known = [asked.right[i] for i in kept_facts]
             kept = [prompt for prompt in chat[1::2] if prompt not in seen]
             self.train = self._continued([*chat[::2], *strangers[:half]], texts[::2])
             self.anchors = self._continued(kept, texts[1::2])
@@ -168,11 +170,18 @@ class _Exam:
         figures = Figures(
             recall=new.share, recall_trained=trained.share, recall_base=self.recall_base,
             p_half=p_half, anchor_kl=kl, stranger_kl=stranger_kl,
-            old_fact_drop=1 - old.share if self.facts else 0.0, num_questions=len(self.tests),
-            num_old_facts=len(self.facts), num_anchor_tokens=count,
+            old_facts_base=sum(self.known) / max(1, len(self.known)), old_facts=old.share,
+            old_facts_lost=sum(
+                before and not after
+                for before, after in zip(self.known, old.right, strict=True)
+            ) / max(1, sum(self.known)),
+            num_questions=len(self.tests), num_old_facts=len(self.facts), num_anchor_tokens=count,
         )  # fmt: skip
         facts = [(question, " or ".join(answers)) for question, answers in self.facts]
-        return figures, _mistakes(self.tests, new), _mistakes(facts, old)
+        wrong = _mistakes(facts, old)
+        known = {question for (question, _), is_known in zip(facts, self.known, strict=True)
+                 if is_known}  # fmt: skip
+        return figures, _mistakes(self.tests, new), tuple(m for m in wrong if m[0] in known)
 
 
 _Mistakes = tuple[tuple[str, str, str], ...]
