@@ -13,7 +13,10 @@ from typing import Any
 from benchmarks.report import RESULTS, ROOT
 
 README = ROOT / "README.md"
-NAMES = ("kernels", "kv_restore", "kv_quality", "retrieval", "documents", "records")
+NAMES = (
+    *("kernels", "kv_restore", "kv_quality", "retrieval", "documents", "records"),
+    *("adapters", "parametric", "adapter_merges"),
+)
 BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
 
 
@@ -56,6 +59,12 @@ def retrieval() -> list[str]:
             f"| {one['all_at_10']:.1f} | {all_['recall_at_10']:.1f} | {page['recall_at_5']:.1f} "
             f"| {one['ms_per_query']:.1f} |"
         )
+    for system in ("Chroma", "mem0"):
+        row = pick("retrieval", system=system)
+        lines.append(
+            f"| {system} {row['version']} | {row['recall_at_5']:.1f} | {row['recall_at_10']:.1f} "
+            f"| {row['all_at_10']:.1f} | | | {row['ms_per_query']:.1f} |"
+        )
     return lines
 
 
@@ -74,6 +83,61 @@ def records() -> list[str]:
             f"| {units:,} | {text['p95_ms']:.1f} ms | {vector['p95_ms']:.1f} ms "
             f"| {hybrid['p50_ms']:.1f} ms | {hybrid['p95_ms']:.1f} ms "
             f"| {bulk['adds_per_s']:,.0f}/s | {opened['open_s']:.2f} s |"
+        )
+    return lines
+
+
+def adapters() -> list[str]:
+    """Adapters beside PEFT."""
+    lines = ["| adapters, rank 16, bf16 | memos | PEFT 0.21 |", "|---|---|---|"]
+    for case, what in (
+        ("1 token, 1 adapter", "one layer of h = 1024, 1 token: added"),
+        ("64 tokens, 8 adapters", "the same, 64 tokens of 8 adapters: added"),
+    ):
+        row = pick("adapters", level="kernel", case=case, dtype="bfloat16")
+        lines.append(
+            f"| {what} | {row['added_us']:.0f} us | {row['peft_added_us']:,.0f} us "
+            f"({row['ratio']:.0f}x) |"
+        )
+    for case, what in (
+        ("decode step", "a decode step of 84 layers, h = 512: added"),
+        ("8 rows, 8 adapters", "the same, 8 rows of 8 adapters: added"),
+    ):
+        row = pick("parametric", case=case, dtype="bfloat16")
+        lines.append(
+            f"| {what} | {row['added_percent']:+.0f}% | {row['peft_added_percent']:+.0f}% |"
+        )
+    row = pick("parametric", case="activate")
+    lines.append(
+        f"| switching to a ready adapter | {row['memos_ms']:.2f} ms | {row['peft_ms']:.0f} ms |"
+    )
+    for case, what in (("load from disk", "from disk"), ("load", "from the page cache")):
+        row = pick("parametric", case=case)
+        lines.append(
+            f"| loading {row['file_bytes'] / 1e6:.1f} MB {what}, verified (a plain read: "
+            f"{row['read_ms']:.1f} ms) | {row['memos_ms']:.1f} ms | {row['peft_ms']:.0f} ms |"
+        )
+    row = pick(
+        "adapter_merges", case="best of rank 16; PEFT: full matrices, its default", adapters=2
+    )
+    lines.append(
+        f"| merging two by svd, 84 layers | {row['ms']:.0f} ms | {row['peft_ms'] / 1000:.1f} s |"
+    )
+    return lines
+
+
+def learning() -> list[str]:
+    """Facts learnt, with and without the guard; half an hour of make bench."""
+    if not (RESULTS / "learning.json").exists():
+        return []
+    lines = ["", "| 30 made-up facts learnt | recall | far wordings | KL to the base model "]
+    lines[-1] += "| old facts | minutes |"
+    lines.append("|---|---|---|---|---|---|")
+    for row in load("learning")["rows"]:
+        lines.append(
+            f"| {row['case']} | {row['recall']:.0%} | {row['recall_reworded']:.0%} "
+            f"| {row['anchor_kl']:.3f} | {-100 * row['old_fact_drop']:+.1f} points "
+            f"| {row['minutes']:.1f} |"
         )
     return lines
 
@@ -105,7 +169,7 @@ def table() -> str:
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
     for op in ("gather_blocks", "write_blocks"):
         lines.append(f"| `{op}` | {share(op)} | | | |")
-    lines += ["", *retrieval(), "", *records()]
+    lines += ["", *retrieval(), "", *records(), "", *adapters(), *learning()]
     results = [load(name) for name in NAMES]
     machine = results[0]["machine"]
     commits = ", ".join(dict.fromkeys(str(r["commit"])[:10] for r in results))
