@@ -49,12 +49,12 @@ class Use:
         same = len(set(identities)) == 1
         self.identity = identities[0] if same else ",".join(identities)
         self._slots = torch.tensor(slots[:1] if same else slots, dtype=torch.int64)
-        self._num_slots = num_slots
+        self._rows, self._num_slots = len(self._slots), num_slots
         self._plans: dict[int, AdapterPlan] = {}
 
     def plan(self, name: str, x: torch.Tensor, T: int) -> AdapterPlan:
         """Which of the T tokens of ``x`` [batch, ..., I] goes to which slot."""
-        rows = len(self._slots)
+        rows = self._rows
         if rows > 1:
             if x.dim() < 3:
                 raise ArgumentError(
@@ -79,16 +79,17 @@ class Use:
 class _Layer:
     """The forward of one linear layer under an attachment."""
 
-    __slots__ = ("attachment", "base", "before", "index", "module", "name")
+    __slots__ = ("attachment", "base", "before", "index", "module", "name", "number", "sizes")
 
     def __init__(self, attachment: Attachment, index: int, name: str, module: Any) -> None:
         self.attachment, self.index, self.name, self.module = attachment, index, name, module
         self.before = module.__dict__.get("forward")  # accelerate's hooks stand there
         self.base = module.forward
+        self.number, self.sizes = attachment.number, attachment.shapes[name]
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         y = self.base(x, *args, **kwargs)
-        use = _uses.get().get(self.attachment.number)
+        use = _uses.get().get(self.number)
         if use is None or use.is_base or not use.is_open:
             self.attachment.check(use)
             return y
@@ -219,13 +220,12 @@ class Attachment:
 
     def add(self, layer: _Layer, y: torch.Tensor, x: torch.Tensor, use: Use) -> torch.Tensor:
         """``y`` and what the adapters in use add to it; y is changed where that is allowed."""
-        T = x.numel() // x.shape[-1]
+        inputs, outputs = layer.sizes
+        T = x.numel() // inputs
         plan = use.plan(layer.name, x, T)
         if y.requires_grad:
             return self._differentiable(layer.index, y, x, plan)
-        inputs = x.reshape(T, x.shape[-1])
-        outputs = y.view(T, y.shape[-1])
-        apply_adapters_(outputs, inputs, self.table, layer.index, plan)
+        apply_adapters_(y.view(T, outputs), x.reshape(T, inputs), self.table, layer.index, plan)
         return y
 
     def _differentiable(
