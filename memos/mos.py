@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from memos.cube import Hit, MemCube, Version
 from memos.errors import ArgumentError, NotFoundError
+from memos.facade.files import Files
+from memos.facade.history import Histories
+from memos.facade.life import Lives
+from memos.facade.rights import Rights
 from memos.memories.declarative import DeclarativeMemory
 from memos.memories.tree import TreeTextMemory
 
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 
-class MOS:
+class MOS(Histories, Lives, Rights, Files):
     """The memory operating system: memories under one roof, with the same verbs.
 
     Thread-safe. Several processes may open one folder; writers take turns.

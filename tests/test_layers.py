@@ -23,7 +23,7 @@ LAYERS = {
         "memos.server",
         "memos.integrations",
     ],
-    "facade": ["memos.mos"],
+    "facade": ["memos.mos", "memos.facade"],
     "policy": ["memos.retrieval", "memos.scheduler", "memos.lifecycle", "memos.governance"],
     "memories": ["memos.memories"],
     "engines": ["memos.records", "memos.kv", "memos.adapters"],
