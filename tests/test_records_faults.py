@@ -299,7 +299,7 @@ def test_a_store_of_another_format(tmp_path: Path) -> None:
         database.execute("UPDATE store SET format = 999")
     database.close()
     for readonly in (False, True):
-        with pytest.raises(StoreError, match="format 1 wanted, got 999"):
+        with pytest.raises(StoreError, match="format 2 wanted, got 999"):
             Records(tmp_path, readonly=readonly)
 
 

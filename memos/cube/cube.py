@@ -39,7 +39,10 @@ class Version:
         author:   who made this version.
         source:   where it came from.
         at:       when, in seconds since 1970.
-        digest:   of content and metadata, in hex.
+        digest:   of all of it and of ``parents``, in hex: equal digests, equal history.
+        parents:  digests of the versions it was made of: the one before it, and after a merge
+            that of the other side.
+        parent_id, relations, acl, expires_at: as they were; relations are the outgoing ones.
     """
 
     number: int
@@ -51,6 +54,16 @@ class Version:
     source: str | None
     at: float
     digest: str
+    parents: tuple[str, ...] = ()
+    parent_id: str | None = None
+    relations: tuple[Relation, ...] = ()
+    acl: Any = None
+    expires_at: float | None = None
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether this version says that the cube is gone."""
+        return self.state == "DELETED"
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,7 @@ class MemCube(Mapping[str, Any]):
         source, creator, derived_from: provenance: where it came from, who made it, ids of the
             cubes it was made of.
         expires_at:   seconds since 1970; None: never.
+        digest:       of this version, in hex; see ``Version``.
     """
 
     id: str
@@ -95,6 +109,7 @@ class MemCube(Mapping[str, Any]):
     creator: str | None = None
     derived_from: tuple[str, ...] = ()
     expires_at: float | None = None
+    digest: str = ""
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._names():

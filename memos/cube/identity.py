@@ -65,6 +65,42 @@ def digest(*parts: str) -> bytes:
     return whole.digest()
 
 
+def version_digest(
+    id: str,
+    kind: str,
+    text: str,
+    content: str | None,
+    metadata: str,
+    parent_id: str | None,
+    edges: str | None,
+    acl: str | None,
+    importance: float,
+    creator: str | None,
+    derived_from: str | None,
+    author: str | None,
+    source: str | None,
+    at: float,
+    deleted: bool,
+    parents: bytes | None,
+) -> bytes:
+    """BLAKE2b-256 over a version of a cube: the same in every store, and of no other version.
+
+    Args:
+        content, metadata, edges, acl, derived_from: canonical JSON texts.
+        edges:   outgoing relations, [type, memory, target, weight, properties], sorted.
+        parents: digests of the versions that this one was made of, one after the other.
+
+    State and expiry belong to a cube's life, not to a version: they change without one.
+    """
+    parts = (
+        *(id, kind, text, content, metadata, parent_id, edges, acl, float(importance)),
+        *(creator, derived_from, author, source, float(at), deleted),
+        "" if parents is None else parents.hex(),
+    )
+    whole = json.dumps(parts, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=32).digest()
+
+
 def adapters_of(model: Any) -> str:
     """Identity of the adapters that a forward pass of this thread computes with; "" for none."""
     source = getattr(model, ADAPTERS, None)

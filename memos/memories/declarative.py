@@ -208,15 +208,21 @@ class DeclarativeMemory:
         *,
         properties: Mapping[str, Any] | None = None,
         weight: float = 1.0,
+        author: str | None = None,
     ) -> None:
-        """Add a typed edge to another cube, of any memory. Raises NotFoundError."""
-        from memos.records.links import relate
+        """Add a typed edge to another cube, of any memory: a new version of this one.
+
+        Raises NotFoundError.
+        """
+        from memos.records.writes import Change
 
         edge = _relation({"type": type, "target": target, "weight": weight})
         edge.properties.update(_metadata(properties))
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, self.scope())
-            relate(connection, seq, self._other(connection, edge.target), edge)
+            other = self._other(connection, edge.target)
+            change = Change(author=author)
+            self.table.relate(connection, seq, other, edge, change, self._clock())
 
     def expire(self) -> int:
         """Delete what has outlived its time, and what goes with it; returns how many."""

@@ -150,12 +150,15 @@ class GraphMemory(GraphQueries):
         *,
         properties: Mapping[str, Any] | None = None,
         weight: float = 1.0,
+        author: str | None = None,
     ) -> None:
         """Add a relationship to a node of this memory, or an edge to a cube of another one."""
         with self.records.database.write() as connection:
             known = self._graph.ends(connection, [memory_id, target], self.scope())
             if len(known) < len({memory_id, target}):
-                super().relate(memory_id, type, target, properties=properties, weight=weight)
+                super().relate(
+                    memory_id, type, target, properties=properties, weight=weight, author=author
+                )
                 return
             strength = {} if weight == 1.0 else {"weight": weight}
             content = {
@@ -165,7 +168,7 @@ class GraphMemory(GraphQueries):
                 "target_id": target,
                 "properties": {**(properties or {}), **strength},
             }
-            self.add(content)
+            self.add(content, creator=author)
 
     def update(self, memory_id: str, content: Any = None, *args: Any, **more: Any) -> MemCube:
         """A new version: ``content`` replaces, ``metadata`` items are added or replaced.

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, select
 
 from memos.records.filters import facts_of
 from memos.records.fulltext import TOKENIZER
+from memos.records.history import faults, kept
 from memos.records.schema import cubes, embedders, facts, memories, relations, store, vectors
 from memos.records.schema import versions as versions_table
 from memos.records.scope import DELETED
@@ -136,18 +137,21 @@ class _Check:
                 yield self.problem("cube", row.seq, f"importance {row.importance}")
 
     def _versions(self) -> Iterator[Problem]:
-        columns = (cubes.c.seq, cubes.c.version)
-        wanted = {row.seq: row.version for row in self.connection.execute(select(*columns))}
-        columns = (versions_table.c.seq, versions_table.c.version)
-        counts: Counter[int] = Counter()
-        for row in self.connection.execute(select(*columns).order_by(*columns)):
-            counts[row.seq] += 1
-            if row.version != counts[row.seq]:
-                yield self.problem("version", row.seq, f"{row.version} stands at {counts[row.seq]}")
-        for seq in wanted.keys() | counts.keys():
-            if wanted.get(seq, 0) != counts[seq] + 1:
-                text = f"{counts[seq]} old ones, but it is version {wanted.get(seq, 0)}"
-                yield self.problem("version", seq, text)
+        """Every history is whole: each version follows the one before it."""
+        known: set[int] = set()
+        for batch in _batches(self._rows()):
+            old: dict[int, list[Row[Any]]] = {}
+            for version in kept(self.connection, [row.seq for row in batch]):
+                old.setdefault(version.seq, []).append(version)
+            for row in batch:
+                known.add(row.seq)
+                above = self.ids.get(row.parent) if row.parent is not None else None
+                parent_id = None if above is None else above[1]
+                for text in faults(row, parent_id, old.get(row.seq, [])):
+                    yield self.problem("version", row.seq, text)
+        for seq in self.connection.execute(select(versions_table.c.seq).distinct()).scalars():
+            if seq not in known and seq not in self.damaged:
+                yield self.problem("version", seq, "of a cube that is not there")
 
     def _fulltext(self) -> Iterator[Problem]:
         """The index holds exactly the words of the text and context of every living cube."""

@@ -13,13 +13,24 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, func, select
 
 from memos.cube import MemCube, Relation, Version
-from memos.cube.identity import canonical
+from memos.cube.identity import canonical, version_digest
 from memos.errors import NotFoundError, StoreError
 from memos.records.database import Database
 from memos.records.filters import compile_filter, facts_of
 from memos.records.fulltext import FullText
+from memos.records.history import (
+    Edge,
+    digest_of,
+    edges_json,
+    keep,
+    kept,
+    names_of,
+    parents_of,
+    relations_of_version,
+    with_edge,
+)
 from memos.records.links import chunks, relate, relations_of
-from memos.records.schema import CubeRow, cubes, facts, vectors, versions
+from memos.records.schema import CubeRow, cubes, facts, vectors
 from memos.records.scope import DELETED, Scope, lives
 from memos.records.words import context_of
 from memos.records.writes import Change, New, as_json, content_digest, is_whole
@@ -41,8 +52,9 @@ class CubeTable:
             return []
         change, first = self.database.allocate(connection, len(news))
         rows, keys, texts, edges, arrays = [], [], [], [], []
+        names = self._names(connection, news, first)
         for seq, new in enumerate(news, first):
-            row = self._new_row(new, seq, change)
+            row = self._new_row(new, seq, change, names)
             rows.append(row)
             keys += [(self.memory, *fact, seq) for fact in facts_of(new.metadata)]
             texts.append((seq, row.text, row.context))
@@ -64,7 +76,7 @@ class CubeTable:
         """Make a new version of a cube; the old one stays in the history."""
         number, _ = self.database.allocate(connection)
         old = self._row(connection, seq)
-        self._keep(connection, old)
+        keep(connection, old)
         text = old.text if change.text is None else change.text
         content = old.content
         if change.text is not None or change.content is not None:
@@ -78,7 +90,10 @@ class CubeTable:
         if (text, context) != (old.text, old.context):
             self.fulltext.delete(connection, [(seq, old.text, old.context)])
             self.fulltext.insert(connection, [(seq, text, context)])
-        parent = change.parent if change.move else old.parent
+        parent, parent_id = old.parent, old.parent_id
+        if change.move:
+            parent = change.parent
+            parent_id = None if parent is None else names_of(connection, [parent])[parent][1]
         new = {
             "text": text,
             "context": context,
@@ -90,6 +105,7 @@ class CubeTable:
             "updated_at": at,
             "change": number,
             "digest": content_digest(old.kind, text, content, metadata, parent),
+            "parents": old.version_digest + change.parents,
         }
         if change.move:
             new |= {"position": change.position, "thread": change.thread}
@@ -98,6 +114,9 @@ class CubeTable:
                 new[name] = value
         if change.acl is not None:
             new["acl"] = as_json(change.acl)
+        if change.edges is not None:
+            new["edges"] = edges_json(change.edges)
+        new["version_digest"] = digest_of(old, parent_id, **new)
         connection.execute(cubes.update().where(cubes.c.seq == seq).values(new))
         if change.vector is not None:
             connection.exec_driver_sql(
@@ -105,6 +124,20 @@ class CubeTable:
             )
         elif change.clear_vector:
             self._drop_vectors(connection, [seq], number)
+
+    def relate(
+        self, connection: Connection, seq: int, other: int, relation: Relation, change: Change,
+        at: float,
+    ) -> None:  # fmt: skip
+        """Add an edge to another cube, of any memory; an equal one is replaced. A new version."""
+        memory, id = names_of(connection, [other])[other]
+        edge: Edge = (relation.type, memory, id, relation.weight, relation.properties)
+        old = self._row(connection, seq).edges
+        edges = with_edge(old, edge)
+        if edges != old:
+            change.edges = json.loads(edges or "[]")
+            self.update(connection, seq, change, at)
+        relate(connection, seq, other, relation)
 
     def reword(self, connection: Connection, contexts: Mapping[int, str]) -> None:
         """Give cubes other words for full text; no new version, the content is what it was."""
@@ -131,7 +164,7 @@ class CubeTable:
             return
         number, _ = self.database.allocate(connection)
         for row in self.rows(connection, seqs):
-            self._keep(connection, row)
+            keep(connection, row)
             self.fulltext.delete(connection, [(row.seq, row.text, row.context)])
             self._change_facts(connection, row.seq, json.loads(row.metadata), {})
             new = {
@@ -140,7 +173,9 @@ class CubeTable:
                 "author": author,
                 "updated_at": at,
                 "change": number,
+                "parents": row.version_digest,
             }
+            new["version_digest"] = digest_of(row, row.parent_id, **new)
             connection.execute(cubes.update().where(cubes.c.seq == row.seq).values(new))
         self._drop_vectors(connection, seqs, number)
 
@@ -203,6 +238,7 @@ class CubeTable:
             creator=row.creator,
             derived_from=tuple(json.loads(row.derived_from)) if row.derived_from else (),
             expires_at=row.expires_at,
+            digest=row.version_digest.hex(),
         )
 
     def recent(
@@ -244,16 +280,12 @@ class CubeTable:
 
     def history(self, connection: Connection, id: str) -> list[Version]:
         """Every version, oldest first, also of a deleted cube. Raises NotFoundError."""
-        row = connection.execute(
-            select(cubes).where(cubes.c.memory == self.memory, cubes.c.id == id)
-        ).first()
-        if row is None:
+        seq = self.ids(connection, [id]).get(id)
+        if seq is None:
             raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
-        old = connection.execute(
-            select(versions).where(versions.c.seq == row.seq).order_by(versions.c.version)
-        )
-        found = [self._version(v, v.at) for v in old]
-        return [*found, self._version(row, row.updated_at)]
+        old = [self._version(row, row.at) for row in kept(connection, [seq])]
+        row = self._row(connection, seq)
+        return [*old, self._version(row, row.updated_at)]
 
     def stats(self, connection: Connection, scope: Scope) -> dict[str, int]:
         """cubes: how many may be seen; vectors: how many of the memory's have one."""
@@ -279,7 +311,8 @@ class CubeTable:
     # Inside.
 
     def _row(self, connection: Connection, seq: int) -> Row[Any]:
-        return connection.execute(_BY_SEQ, {"wanted": seq}).one()
+        """The row with this number, and parent_id."""
+        return connection.execute(_ROWS, {"seqs": [seq]}).one()
 
     def visible(self, connection: Connection, seqs: Sequence[int], scope: Scope) -> set[int]:
         """Which of these cubes may be seen."""
@@ -312,22 +345,6 @@ class CubeTable:
                     )
                 yield row
 
-    def _keep(self, connection: Connection, row: Row[Any]) -> None:
-        """Copy a row into the history."""
-        connection.execute(
-            versions.insert(),
-            {
-                **{
-                    name: getattr(row, name)
-                    for name in (
-                        *("seq", "version", "state", "text", "content", "metadata"),
-                        *("importance", "author", "source", "digest"),
-                    )
-                },
-                "at": row.updated_at,
-            },
-        )
-
     def _change_facts(
         self, connection: Connection, seq: int, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> None:
@@ -349,7 +366,9 @@ class CubeTable:
 
     def _version(self, row: Row[Any], at: float) -> Version:
         texts = (row.text, row.content or "", row.metadata)
-        if not isinstance(row.digest, bytes) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(row.version_digest, bytes) or not all(
+            isinstance(text, str) for text in texts
+        ):
             raise StoreError(f"memory {self.name!r}: a version that is none, the file is damaged")
         return Version(
             number=row.version,
@@ -360,11 +379,35 @@ class CubeTable:
             author=row.author,
             source=row.source,
             at=at,
-            digest=row.digest.hex(),
+            digest=row.version_digest.hex(),
+            parents=tuple(digest.hex() for digest in parents_of(row.parents)),
+            parent_id=row.parent_id,
+            relations=relations_of_version(row.edges),
+            acl=None if row.acl is None else json.loads(row.acl),
+            expires_at=row.expires_at,
         )
 
-    def _new_row(self, new: New, seq: int, change: int) -> CubeRow:
+    def _names(
+        self, connection: Connection, news: Sequence[New], first: int
+    ) -> dict[int, tuple[str, str]]:
+        """(memory, id) of the parents and related cubes of new ones."""
+        wanted = {new.parent for new in news if new.parent is not None}
+        wanted.update(other for new in news for other, _ in new.relations)
+        found = {seq: (self.name, news[seq - first].id) for seq in wanted if seq >= first}
+        return found | names_of(connection, [seq for seq in wanted if seq < first])
+
+    def _new_row(
+        self, new: New, seq: int, change: int, names: Mapping[int, tuple[str, str]]
+    ) -> CubeRow:
         content, metadata = new.json
+        derived = canonical(list(new.derived_from)) if new.derived_from else None
+        acl = as_json(new.acl)
+        edges = None
+        if new.relations:
+            unique: dict[Any, Edge] = {}
+            for other, edge in new.relations:
+                unique[edge.type, other] = (edge.type, *names[other], edge.weight, edge.properties)
+            edges = edges_json(list(unique.values()))
         return CubeRow(  # by place: names take four times as long
             seq,
             self.memory,
@@ -382,13 +425,33 @@ class CubeTable:
             new.thread,
             new.source,
             new.creator,
-            canonical(list(new.derived_from)) if new.derived_from else None,
-            as_json(new.acl),
+            derived,
+            acl,
             new.author,
             new.at,
             new.at,
             new.expires_at,
             new.digest,
+            edges,
+            None,
+            version_digest(
+                new.id,
+                new.kind,
+                new.text,
+                content,
+                metadata,
+                None if new.parent is None else names[new.parent][1],
+                edges,
+                acl,
+                new.importance,
+                new.creator,
+                derived,
+                new.author,
+                new.source,
+                new.at,
+                False,
+                None,
+            ),
             change,
         )
 
@@ -430,4 +493,3 @@ _ROWS = (
 )
 _SEEN = _ROWS.where(_LIVES)
 _VISIBLE = select(cubes.c.seq).where(cubes.c.seq.in_(bindparam("seqs", expanding=True)), _LIVES)
-_BY_SEQ = select(cubes).where(cubes.c.seq == bindparam("wanted"))

@@ -23,7 +23,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import UserDefinedType
 
-FORMAT = 1  # of the tables; a store of another number is refused
+FORMAT = 2  # of the tables; a store of another number is refused
 
 
 class Number(UserDefinedType[Any]):
@@ -84,6 +84,9 @@ cubes = Table(
     Column("updated_at", Float(53), nullable=False),
     Column("expires_at", Float(53)),
     Column("digest", LargeBinary, nullable=False),
+    Column("edges", Text),  # JSON of outgoing relations, as this version has them
+    Column("parents", LargeBinary),  # digests of the versions that this one was made of
+    Column("version_digest", LargeBinary, nullable=False),
     Column("change", Integer, nullable=False),
     Index("cubes_id", "memory", "id", unique=True),
     Index("cubes_change", "memory", "change"),
@@ -122,24 +125,43 @@ class CubeRow(NamedTuple):
     updated_at: float
     expires_at: float | None
     digest: bytes
+    edges: str | None
+    parents: bytes | None
+    version_digest: bytes
     change: int
 
 
+# Versions that were: the last one is the cube itself.
 versions = Table(
     "versions",
     tables,
     Column("seq", Integer, primary_key=True),
     Column("version", Integer, primary_key=True),
+    Column("deleted", Integer, nullable=False),
     Column("state", Text, nullable=False),
-    Column("text", Text, nullable=False),
-    Column("content", Text),
+    Column("body", LargeBinary, nullable=False),  # digest of text and content
     Column("metadata", Text, nullable=False),
     Column("importance", Float(53), nullable=False),
+    Column("parent_id", Text),
+    Column("edges", Text),
+    Column("acl", Text),
     Column("author", Text),
     Column("source", Text),
     Column("at", Float(53), nullable=False),
+    Column("expires_at", Float(53)),
     Column("digest", LargeBinary, nullable=False),
+    Column("parents", LargeBinary),
+    Column("version_digest", LargeBinary, nullable=False),
+    Index("versions_body", "body"),
     sqlite_with_rowid=False,
+)
+
+bodies = Table(  # text and content of versions, equal ones once
+    "bodies",
+    tables,
+    Column("digest", LargeBinary, primary_key=True),
+    Column("text", Text, nullable=False),
+    Column("content", Text),
 )
 
 

@@ -17,7 +17,7 @@ from memos.errors import ArgumentError
 from memos.records.cubes import CubeTable
 from memos.records.database import Database, open_database
 from memos.records.links import chunks, learners_of
-from memos.records.schema import cubes, embedders, memories, versions
+from memos.records.schema import bodies, cubes, embedders, memories, versions
 from memos.records.scope import DELETED, Scope
 from memos.records.writes import Change
 
@@ -132,12 +132,13 @@ class Records:
     def contents(self, memory: int) -> Iterator[tuple[int, Any]]:
         """(seq, content) of every version of every cube of a memory, of deleted ones too."""
         with self.database.read() as connection:
-            for column in (cubes.c.content, versions.c.content):
+            for column in (cubes.c.content, bodies.c.content):
                 statement = select(cubes.c.seq, column).where(
                     cubes.c.memory == memory, column.is_not(None)
                 )
-                if column.table is versions:
-                    statement = statement.join(versions, versions.c.seq == cubes.c.seq)
+                if column.table is bodies:
+                    old = versions.join(bodies, bodies.c.digest == versions.c.body)
+                    statement = statement.join(old, versions.c.seq == cubes.c.seq)
                 for seq, content in connection.execute(statement):
                     yield int(seq), json.loads(content)
 

@@ -85,6 +85,8 @@ class Change:
     tokens: bytes | None = None
     context: str | None = None
     clear_vector: bool = field(default=False)
+    edges: Sequence[Any] | None = None  # all outgoing relations, as in history.Edge
+    parents: bytes = b""  # digests of versions of other cubes that were merged into this one
 
 
 def as_json(value: Any) -> str | None:
