@@ -165,6 +165,8 @@ class DeclarativeMemory:
         change = Change(author=author, source=source, acl=acl)
         change.importance = None if importance is None else _importance(importance)
         change.expires_at = _expiry(ttl_s, now)
+        if content is not None:
+            self._embed_ahead(content, change)
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, scope)
             old = self.table.one(connection, seq, scope)
@@ -294,8 +296,11 @@ class DeclarativeMemory:
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         """Put new content into an update."""
         change.text, change.content = self._read(content)
-        change.vector, change.tokens = self.embedded.encode([change.text])[0]
         change.clear_vector = True
+
+    def _embed_ahead(self, content: Any, change: Change) -> None:
+        """Before the transaction of an update: what takes long."""
+        change.vector, change.tokens = self.embedded.encode([self._read(content)[0]])[0]
 
     def _after_update(
         self, connection: Connection, seq: int, old: MemCube, change: Change

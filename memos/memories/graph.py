@@ -251,6 +251,9 @@ class GraphMemory(GraphQueries):
         self._graph.insert_relationships(connection, edges)
         self._tell(connection, {seq: new.kind == NODE for seq, new in stored.items()})
 
+    def _embed_ahead(self, content: Any, change: Change) -> None:
+        """Its vector depends on more than the content: see ``_change``."""
+
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         new = checked_content(content, self.name)
         fixed = ("type",) if old.kind == NODE else ("type", "label", "source_id", "target_id")

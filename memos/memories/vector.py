@@ -140,6 +140,9 @@ class VectorMemory(DeclarativeMemory):
         for new in news:
             new.vector = self._stored(new.content)
 
+    def _embed_ahead(self, content: Any, change: Change) -> None:
+        """Its vector depends on more than the content: see ``_change``."""
+
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         change.text, change.content = self._read(content)
         if change.content is None:

@@ -174,12 +174,12 @@ class Database:
     def _prepare(self) -> None:
         with self._engine.connect() as connection, connection.begin():
             known = sqlalchemy.inspect(connection).has_table("store")
-            if known:
-                found = connection.execute(select(store.c.format)).scalar_one()
-                if found != FORMAT:
-                    raise StoreError(f"{self.path}: format {FORMAT} wanted, got {found}")
-                return
+            found = connection.execute(select(store.c.format)).scalar_one() if known else 0
             other = sqlalchemy.inspect(connection).get_table_names()
+        if known:
+            if found != FORMAT:
+                self._upgrade(found)
+            return
         if other:
             raise StoreError(f"{self.path}: a database of memos wanted, got tables {other[:3]}")
         if self.readonly:
@@ -191,6 +191,18 @@ class Database:
             first = {"id": 1, "format": FORMAT, "uuid": uuid.uuid4().hex}
             first |= {"change": 0, "seq": 0}
             connection.execute(store.insert(), first)
+
+    def _upgrade(self, found: int) -> None:
+        from memos.records.upgrade import upgrade
+
+        if self.readonly or found > FORMAT:
+            hint = ": open it once for writing" if 0 < found < FORMAT else ""
+            raise StoreError(f"{self.path}: format {FORMAT} wanted, got {found}{hint}")
+        with self.write() as connection:
+            found = connection.execute(select(store.c.format)).scalar_one()
+            # Another process may have been quicker.
+            if found != FORMAT and not upgrade(connection, found):
+                raise StoreError(f"{self.path}: format {FORMAT} wanted, got {found}")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
