@@ -17,7 +17,9 @@ from blake3 import blake3
 
 from memos.adapters import _disk
 from memos.adapters._peft import Scaling, check_config, complete_config, dump
-from memos.adapters._safetensors import (
+from memos.adapters.adapter import Adapter
+from memos.adapters.packed import PREFIX, Layer, Packed, canonical, layers_of, pack
+from memos.cube.safetensors import (
     LENGTH_BYTES,
     Entry,
     build_header,
@@ -25,8 +27,6 @@ from memos.adapters._safetensors import (
     parse_header,
     parse_json,
 )
-from memos.adapters.adapter import Adapter
-from memos.adapters.packed import PREFIX, Layer, Packed, canonical, layers_of, pack
 from memos.errors import ArgumentError, StoreError
 
 CONFIG = "adapter_config.json"

@@ -15,8 +15,8 @@ import torch
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from memos.adapters._safetensors import ITEM_BYTES, Entry
 from memos.adapters.adapter import MAX_RANK, Adapter, Factors
+from memos.cube.safetensors import ITEM_BYTES, Entry
 from memos.errors import ArgumentError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -16,15 +16,15 @@ import numpy
 from numpy.typing import NDArray
 
 from memos.adapters import _disk, files
-from memos.adapters._safetensors import (
+from memos.adapters.adapter import Adapter
+from memos.adapters.packed import Layer, Packed, begin_digest, finish, hash_leaf, is_dense, leaves
+from memos.cube.safetensors import (
     LENGTH_BYTES,
     METADATA,
     are_strings,
     header_bytes,
     parse_json,
 )
-from memos.adapters.adapter import Adapter
-from memos.adapters.packed import Layer, Packed, begin_digest, finish, hash_leaf, is_dense, leaves
 from memos.errors import ArgumentError, NotFoundError, QuotaError, StoreError
 from memos.kernels import _native
 

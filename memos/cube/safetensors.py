@@ -17,6 +17,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20  # about 100,000 tensors
 METADATA = "__metadata__"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+ALL_ITEM_BYTES = {**ITEM_BYTES, "F64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _ALIGN = 64  # of the tensors' bytes in the file
 _MAX_DIGITS = 1000  # a number of a million digits takes minutes
 
@@ -81,23 +82,26 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def parse_header(text: bytes, payload_bytes: int, where: str) -> tuple[list[Entry], dict[str, str]]:
+def parse_header(
+    text: bytes, payload_bytes: int, where: str, dtypes: Mapping[str, int] = ITEM_BYTES
+) -> tuple[list[Entry], dict[str, str]]:
     """The tensors in the order of their bytes, and the metadata.
 
     Args:
         text:          the header's JSON.
         payload_bytes: how many bytes follow it in the file.
         where:         names the file in messages.
+        dtypes:        those that may come, with the bytes of one number.
 
     Raises:
-        ArgumentError: no JSON, repeated names, dtypes other than F32, F16 and BF16, shapes that
-            disagree with the offsets, tensors that overlap, leave gaps or lie outside the file.
+        ArgumentError: no JSON, repeated names, other dtypes, shapes that disagree with the
+            offsets, tensors that overlap, leave gaps or lie outside the file.
     """
     found = parse_json(text, where)
     metadata = found.pop(METADATA, {})
     if not are_strings(metadata):
         raise ArgumentError(f"{where}: {METADATA} of strings wanted, got {_short(metadata)}")
-    entries = [_entry(name, value, where) for name, value in found.items()]
+    entries = [_entry(name, value, where, dtypes) for name, value in found.items()]
     entries.sort(key=lambda entry: (entry.start, entry.end))
     at = 0
     for entry in entries:
@@ -138,7 +142,7 @@ def build_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def _entry(name: str, value: Any, where: str) -> Entry:
+def _entry(name: str, value: Any, where: str, dtypes: Mapping[str, int]) -> Entry:
     if not name.isprintable():
         raise ArgumentError(f"{where}: printable names of tensors wanted, got {_short(name)}")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
@@ -146,16 +150,16 @@ def _entry(name: str, value: Any, where: str) -> Entry:
             f"{where}: dtype, shape and data_offsets of {name} wanted, got {_short(value)}"
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in dtypes:
         raise ArgumentError(
-            f"{where}: {name}: dtype one of {', '.join(ITEM_BYTES)} wanted, got {_short(dtype)}"
+            f"{where}: {name}: dtype one of {', '.join(dtypes)} wanted, got {_short(dtype)}"
         )
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ArgumentError(
             f"{where}: {name}: shape and two data_offsets of integers from 0 wanted, got "
             f"{_short(shape)} and {_short(offsets)}"
         )
-    size = math.prod(shape) * ITEM_BYTES[dtype] if len(shape) <= 8 else -1
+    size = math.prod(shape) * dtypes[dtype] if len(shape) <= 8 else -1
     if offsets[1] - offsets[0] != size:
         raise ArgumentError(
             f"{where}: {name}: {_short(shape)} of {dtype} wanted between its offsets, got "
