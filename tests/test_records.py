@@ -354,6 +354,8 @@ class Machine(RuleBasedStateMachine):
                 self.notes.relate(one, type, other, weight=weight)
         elif other in there:
             self.notes.relate(one, type, other, weight=weight)
+            if self.edges.get((one, type, other)) != weight:
+                self.versions[one].append(self.versions[one][-1])
             self.edges[one, type, other] = weight
 
     @rule(seconds=st.sampled_from([1.0, 4.0, 5.0]))

@@ -21,6 +21,7 @@ INSERT INTO versions_1 SELECT seq, version, state, b.text, b.content, metadata, 
     source, at, v.digest FROM versions AS v JOIN bodies AS b ON b.digest = v.body;
 DROP TABLE versions;
 DROP TABLE bodies;
+DROP TABLE branches;
 ALTER TABLE versions_1 RENAME TO versions;
 ALTER TABLE cubes DROP COLUMN edges;
 ALTER TABLE cubes DROP COLUMN parents;

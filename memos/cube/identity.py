@@ -86,6 +86,7 @@ def version_digest(
     """BLAKE2b-256 over a version of a cube: the same in every store, and of no other version.
 
     Args:
+        text:    counts where there is no content: else it is made of it.
         content, metadata, edges, acl, derived_from: canonical JSON texts.
         edges:   outgoing relations, [type, memory, target, weight, properties], sorted.
         parents: digests of the versions that this one was made of, one after the other.
@@ -93,7 +94,8 @@ def version_digest(
     State and expiry belong to a cube's life, not to a version: they change without one.
     """
     parts = (
-        *(id, kind, text, content, metadata, parent_id, edges, acl, float(importance)),
+        *(id, kind, text if content is None else None, content, metadata, parent_id, edges, acl),
+        float(importance),
         *(creator, derived_from, author, source, float(at), deleted),
         "" if parents is None else parents.hex(),
     )

@@ -20,7 +20,8 @@ from memos.records.schema import bodies, cubes, memories, versions
 from memos.records.scope import DELETED
 
 SIZE = 32  # bytes of a version's digest
-Edge = tuple[str, str, str, float, dict[str, Any]]  # type, memory, target, weight, properties
+# type, memory ("": the cube's own), target, weight, properties
+Edge = tuple[str, str, str, float, dict[str, Any]]
 
 
 def edges_json(edges: Sequence[Edge]) -> str | None:

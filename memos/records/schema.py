@@ -156,6 +156,15 @@ versions = Table(
     sqlite_with_rowid=False,
 )
 
+# Memories that were made of another one; their cubes begin with its versions.
+branches = Table(
+    "branches",
+    tables,
+    Column("memory", Integer, ForeignKey("memories.id"), primary_key=True),
+    Column("source", Integer, ForeignKey("memories.id"), nullable=False),
+    Column("at", Float(53), nullable=False),
+)
+
 bodies = Table(  # text and content of versions, equal ones once
     "bodies",
     tables,

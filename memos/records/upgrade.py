@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 
 from memos.cube.identity import version_digest
 from memos.records.history import Edge, body_digest, edges_json
-from memos.records.schema import FORMAT, bodies, versions
+from memos.records.schema import FORMAT, bodies, branches, versions
 from memos.records.scope import DELETED
 
 _BATCH = 1000  # cubes read at once
@@ -28,6 +28,7 @@ def upgrade(connection: Connection, found: int) -> bool:
     connection.execute(text("ALTER TABLE versions RENAME TO versions_1"))
     versions.create(connection)
     bodies.create(connection)
+    branches.create(connection)
     last = -1
     while rows := connection.execute(_CUBES, {"last": last, "limit": _BATCH}).all():
         for row in rows:
@@ -90,7 +91,9 @@ _UPDATE = text(
     "UPDATE cubes SET edges = :edges, parents = :parents, version_digest = :mark WHERE seq = :seq"
 )
 _EDGES = text(
-    "SELECT r.type, m.name, t.id, r.weight, r.properties FROM relations AS r "
+    "SELECT r.type, CASE t.memory WHEN s.memory THEN '' ELSE m.name END, t.id, r.weight, "
+    "r.properties FROM relations AS r "
     "JOIN cubes AS t ON t.seq = r.target JOIN memories AS m ON m.id = t.memory "
+    "JOIN cubes AS s ON s.seq = r.source "
     "WHERE r.source = :seq AND r.cube IS NULL"
 )
