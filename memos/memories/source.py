@@ -65,9 +65,15 @@ class MemorySource:
         """seq [n] int64 and BM25 [n] float64 of units with words of the text, best first."""
         with self._read() as connection:
             allowed = scope.allowed(connection, self._table.memory)
-            return self._table.fulltext.search(
+            found = self._table.fulltext.search(
                 connection, text, limit, allowed, every_word=every_word
             )
+            if not scope.archived:
+                return found
+            from memos.records.cold_text import search_cold
+
+            more = search_cold(connection, self._table.fulltext, text, limit, allowed)
+        return _best_of(found, more, limit)
 
     def search_vector(self, vector: Any, limit: int, scope: Scope) -> tuple[Any, Any]:
         """seq [n] int64 and similarity [n] float32 of the nearest units, best first."""
@@ -75,6 +81,10 @@ class MemorySource:
 
         with self._read() as connection:
             found = self.memory.embedded.search(connection, vector, limit, scope)
+            search = self.memory.embedded.search_or_none() if scope.archived else None
+            if found is not None and search is not None:
+                more = search.search_cold(connection, vector, limit, scope)
+                return _best_of(found, more, limit)
         if found is None:
             return numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float32)
         return found
@@ -194,3 +204,12 @@ class MemorySource:
 
     def _read(self) -> AbstractContextManager[Connection]:
         return self.memory.records.database.read()
+
+
+def _best_of(found: tuple[Any, Any], more: tuple[Any, Any], limit: int) -> tuple[Any, Any]:
+    """The best of two results without a unit in common."""
+    import numpy
+
+    seqs, scores = (numpy.concatenate(pair) for pair in zip(found, more, strict=True))
+    order = numpy.lexsort((seqs, -scores))[:limit]
+    return seqs[order], scores[order]

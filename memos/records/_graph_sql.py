@@ -29,9 +29,10 @@ tables = MetaData()
 graph_facts = Table("graph_facts", tables, *fact_columns(), sqlite_with_rowid=False)
 LABEL, ANY = -1, -2  # in ``type``: a label in ``string``; every node
 
-# Statements. Named values: memory and now; seqs, ids, types, after and limit where they say so.
+# Statements. Named values: memory, now and archived; seqs, ids, types, after and limit where they
+# say so.
 
-_LIVES = lives(bindparam("memory"), bindparam("now"))
+_LIVES = lives(bindparam("memory"), bindparam("now"), bindparam("archived"))
 CONTENTS = select(cubes.c.seq, cubes.c.content).where(
     cubes.c.seq.in_(bindparam("seqs", expanding=True)), cubes.c.kind == NODE, _LIVES
 )
@@ -39,7 +40,7 @@ ENDS = select(cubes.c.id, cubes.c.seq, cubes.c.content).where(
     cubes.c.memory == bindparam("memory"),
     cubes.c.id.in_(bindparam("ids", expanding=True)),
     cubes.c.kind == NODE,
-    _LIVES,
+    lives(bindparam("memory"), bindparam("now"), True),
 )
 INSERT_FACT = "INSERT OR IGNORE INTO graph_facts VALUES (?, ?, ?, ?, ?, ?)"
 DELETE_FACT = (

@@ -17,9 +17,11 @@ from sqlalchemy import Connection, Row, select
 from memos.records.filters import facts_of
 from memos.records.fulltext import TOKENIZER
 from memos.records.history import faults, kept
+from memos.records.life_schema import cold, transitions
 from memos.records.schema import cubes, embedders, facts, memories, relations, store, vectors
 from memos.records.schema import versions as versions_table
 from memos.records.scope import DELETED
+from memos.records.states import COLD, HOT
 from memos.records.trees import TITLES, context_below, title_of
 from memos.records.words import context_of
 from memos.records.writes import is_whole
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from memos.records.store import Records
 
 _BATCH = 1000  # rows tokenized at once
+_MOVES = select(transitions.c.seq, transitions.c.new).order_by(transitions.c.id)
 _ITEM = {"float32": 4, "float16": 2}  # bytes
 
 
@@ -36,7 +39,8 @@ class Problem:
     """One disagreement.
 
     Args:
-        what:   "file", "cube", "version", "fulltext", "facts", "vector", "parent" or "relation".
+        what:   "file", "cube", "version", "fulltext", "facts", "vector", "parent", "relation"
+            or "state".
         memory: name of the memory; "" where the whole store is meant.
         seq:    number of the cube; 0 where there is none.
         id:     of the cube.
@@ -101,6 +105,7 @@ class _Check:
             "vectors": self._vectors,
             "trees": self._trees,
             "relations": self._relations,
+            "states": self._states,
         }
 
     def problem(self, what: str, seq: int, text: str) -> Problem:
@@ -158,7 +163,7 @@ class _Check:
         wanted: dict[int, Counter[int]] = {memory: Counter() for memory in self.memories}
         tokens = _Tokens()
         for batch in _batches(self._rows()):
-            alive = [row for row in batch if row.state != DELETED]
+            alive = [row for row in batch if row.state in HOT]
             for seq, number in tokens.sums([(r.seq, r.text, r.context) for r in alive]).items():
                 if (memory := self.ids[seq][0]) in wanted:
                     wanted[memory][seq] = number
@@ -170,7 +175,7 @@ class _Check:
                 yield self.problem("fulltext", seq, text)
         plain = {id for id, memory in self.memories.items() if memory.kind == "text"}
         for row in self._rows():
-            if row.memory not in plain or row.state == DELETED:
+            if row.memory not in plain or row.state not in HOT:
                 continue
             if row.context != context_of(json.loads(row.metadata)):
                 yield self.problem("fulltext", row.seq, "its context is not its metadata")
@@ -269,6 +274,20 @@ class _Check:
                     yield self.problem("relation", row.source, f"{end} is not there")
             if not row.weight > 0:
                 yield self.problem("relation", row.source, f"weight {row.weight}")
+
+    def _states(self) -> Iterator[Problem]:
+        """What is known of cubes in no index, and their last moves, agree with their states."""
+        away = {row.seq: row.memory for row in self.connection.execute(select(cold))}
+        last = {row.seq: row.new for row in self.connection.execute(_MOVES)}
+        for row in self._rows():
+            wanted = row.memory if row.state in COLD else None
+            if away.pop(row.seq, None) != wanted:
+                yield self.problem("state", row.seq, f"{row.state}, but the indexes do not know")
+            told = last.get(row.seq, row.state)
+            if told != row.state and DELETED not in (told, row.state):
+                yield self.problem("state", row.seq, f"{row.state}, but it last moved to {told}")
+        for seq in away.keys() - self.damaged:
+            yield self.problem("state", seq, "out of the indexes, but not there")
 
     def _rows(self) -> Iterator[Row[Any]]:
         statement = select(cubes).order_by(cubes.c.seq).execution_options(yield_per=_BATCH)

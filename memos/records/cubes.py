@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, func, select
@@ -29,9 +30,12 @@ from memos.records.history import (
     relations_of_version,
     with_edge,
 )
+from memos.records.life import Life
+from memos.records.life_schema import cold
 from memos.records.links import chunks, relate, relations_of
 from memos.records.schema import CubeRow, cubes, facts, vectors
 from memos.records.scope import DELETED, Scope, lives
+from memos.records.states import CALL, FROZEN, HOT, MERGED
 from memos.records.words import context_of
 from memos.records.writes import Change, New, as_json, content_digest, is_whole
 
@@ -42,6 +46,7 @@ class CubeTable:
     def __init__(self, database: Database, memory: int, name: str) -> None:
         self.database, self.memory, self.name = database, memory, name
         self.fulltext = FullText(memory)
+        self.life = Life(database, memory, name, self.fulltext)
         self.shown: Callable[[Any], Any] = lambda content: content  # stored content as it is read
 
     # Writing.
@@ -76,6 +81,7 @@ class CubeTable:
         """Make a new version of a cube; the old one stays in the history."""
         number, _ = self.database.allocate(connection)
         old = self._row(connection, seq)
+        self.life.check_change(old)
         keep(connection, old)
         text = old.text if change.text is None else change.text
         content = old.content
@@ -87,7 +93,7 @@ class CubeTable:
             context = context_of(change.metadata)
             self._change_facts(connection, seq, json.loads(old.metadata), change.metadata)
         context = context if change.context is None else change.context
-        if (text, context) != (old.text, old.context):
+        if (text, context) != (old.text, old.context) and old.state in HOT:
             self.fulltext.delete(connection, [(seq, old.text, old.context)])
             self.fulltext.insert(connection, [(seq, text, context)])
         parent, parent_id = old.parent, old.parent_id
@@ -134,6 +140,7 @@ class CubeTable:
         edge: Edge = (relation.type, memory, id, relation.weight, relation.properties)
         old = self._row(connection, seq).edges
         edges = with_edge(old, edge)
+        self.life.check_change(self._row(connection, seq))
         if edges != old:
             change.edges = json.loads(edges or "[]")
             self.update(connection, seq, change, at)
@@ -149,23 +156,33 @@ class CubeTable:
         if not rows:
             return
         number, _ = self.database.allocate(connection)
-        self.fulltext.delete(connection, [(row.seq, row.text, row.context) for row in rows])
-        self.fulltext.insert(connection, [(row.seq, row.text, contexts[row.seq]) for row in rows])
+        found = [row for row in rows if row.state in HOT]
+        self.fulltext.delete(connection, [(row.seq, row.text, row.context) for row in found])
+        self.fulltext.insert(connection, [(row.seq, row.text, contexts[row.seq]) for row in found])
         connection.exec_driver_sql(
             "UPDATE cubes SET context = ?, change = ? WHERE seq = ?",
             [(contexts[row.seq], number, row.seq) for row in rows],
         )
 
     def delete(
-        self, connection: Connection, seqs: Sequence[int], at: float, author: str | None = None
-    ) -> None:
-        """State DELETED: gone from every index and query; the versions stay."""
+        self, connection: Connection, seqs: Sequence[int], at: float, author: str | None = None,
+        *, trigger: str = CALL, why: str = "",
+    ) -> None:  # fmt: skip
+        """State DELETED: gone from every index and query; the versions stay.
+
+        Raises ArgumentError, with nothing deleted, where one of them is FROZEN.
+        """
         if not seqs:
             return
         number, _ = self.database.allocate(connection)
-        for row in self.rows(connection, seqs):
+        rows = list(self.rows(connection, seqs))
+        self.life.check_gone(rows, trigger)
+        moved = [(row.seq, row.state) for row in rows]
+        self.life.record(connection, moved, DELETED, trigger, author, why, at)
+        for row in rows:
             keep(connection, row)
-            self.fulltext.delete(connection, [(row.seq, row.text, row.context)])
+            if row.state in HOT:
+                self.fulltext.delete(connection, [(row.seq, row.text, row.context)])
             self._change_facts(connection, row.seq, json.loads(row.metadata), {})
             new = {
                 "state": DELETED,
@@ -178,11 +195,13 @@ class CubeTable:
             new["version_digest"] = digest_of(row, row.parent_id, **new)
             connection.execute(cubes.update().where(cubes.c.seq == row.seq).values(new))
         self._drop_vectors(connection, seqs, number)
+        for part in chunks(seqs):
+            connection.execute(cold.delete().where(cold.c.seq.in_(part)))
 
     # Reading.
 
     def find(self, connection: Connection, id: str, scope: Scope) -> int | None:
-        """Number of the cube with this id, if it may be seen."""
+        """Number of the cube with this id, if it may be seen; by its id an archived one may be."""
         statement = _FIND
         if not scope.is_open:
             statement = statement.where(compile_filter(scope.filters, self.memory))
@@ -208,7 +227,7 @@ class CubeTable:
 
     def one(self, connection: Connection, seq: int, scope: Scope) -> MemCube:
         """The cube with this number, which was just found. Raises StoreError."""
-        found = self.load(connection, [seq], scope)
+        found = self.load(connection, [seq], replace(scope, archived=True))
         if seq not in found:
             raise StoreError(f"memory {self.name!r}: no cube {seq} behind its id, file damaged")
         return found[seq]
@@ -261,7 +280,7 @@ class CubeTable:
         for part in chunks(digests):
             marks = ", ".join("?" * len(part))
             rows = connection.exec_driver_sql(
-                _DUPLICATES.replace(":digests", marks), (self.memory, DELETED, now, *part)
+                _DUPLICATES.replace(":digests", marks), (self.memory, now, *part)
             )
             found.update({row[0]: int(row[1]) for row in rows})
         return found
@@ -322,6 +341,7 @@ class CubeTable:
         found: set[int] = set()
         for part in chunks(seqs):
             named = {"memory": self.memory, "now": scope.now, "seqs": part}
+            named["archived"] = scope.archived
             found.update(int(row[0]) for row in connection.execute(statement, named))
         return found
 
@@ -335,7 +355,9 @@ class CubeTable:
         statement = _ROWS if scope is None else _SEEN
         if scope is not None and not scope.is_open:
             statement = statement.where(compile_filter(scope.filters, self.memory))
-        named = {"memory": self.memory, "now": 0.0 if scope is None else scope.now}
+        named: dict[str, Any] = {"memory": self.memory}
+        if scope is not None:
+            named |= {"now": scope.now, "archived": scope.archived}
         for part in chunks(seqs):
             for row in connection.execute(statement, {**named, "seqs": part}):
                 if scope is not None and not is_whole(row):
@@ -468,12 +490,15 @@ _DELETE_FACTS = (
     "DELETE FROM facts WHERE memory = ? AND key = ? AND type = ? AND number = ? AND string = ? "
     "AND seq = ?"
 )
-_LIVES = lives(bindparam("memory"), bindparam("now"))
+_LIVES = lives(bindparam("memory"), bindparam("now"), bindparam("archived"))
 _MINE = cubes.c.memory == bindparam("memory")  # the indexes of ids and digests begin with it
-_FIND = select(cubes.c.seq).where(_MINE, cubes.c.id == bindparam("id"), _LIVES)
+_FIND = select(cubes.c.seq).where(
+    _MINE, cubes.c.id == bindparam("id"), lives(bindparam("memory"), bindparam("now"), True)
+)
 _DUPLICATES = (  # asked with every add: what SQLAlchemy does to a list costs more than the query
-    "SELECT digest, seq FROM cubes WHERE memory = ? AND state <> ? "
-    "AND (expires_at IS NULL OR expires_at > ?) AND digest IN (:digests) ORDER BY seq DESC"
+    f"SELECT digest, seq FROM cubes WHERE memory = ? AND state NOT IN ('{DELETED}', '{MERGED}') "
+    f"AND (expires_at IS NULL OR expires_at > ? OR state = '{FROZEN}') AND digest IN (:digests) "
+    "ORDER BY seq DESC"
 )
 _EXPIRED = select(cubes.c.seq).where(
     cubes.c.memory + 0 == bindparam("memory"),
@@ -485,6 +510,7 @@ _CHANGED = (
     .where(cubes.c.memory == bindparam("memory"), cubes.c.change > bindparam("since"))
     .limit(bindparam("limit"))
 )
+    cubes.c.state != FROZEN,
 _PARENTS = cubes.alias("parents")
 _ROWS = (
     select(cubes, _PARENTS.c.id.label("parent_id"))

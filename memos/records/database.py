@@ -23,6 +23,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from memos.cube.utf8 import utf8_error
 from memos.errors import ArgumentError, StoreError, StoreLockedError
+from memos.records import life_schema  # noqa: F401 - its tables belong to the store
 from memos.records.schema import FORMAT, store, tables
 
 WAIT_S = 30.0  # for another process that writes
@@ -165,7 +166,8 @@ class Database:
         )
         pragmas = ["foreign_keys=ON", "cache_size=-65536", "temp_store=MEMORY"]
         if self.path is not None and not self.readonly:
-            pragmas += ["journal_mode=WAL", "wal_autocheckpoint=16384"]
+            # What is overwritten or deleted leaves no bytes behind, so that a purge is one.
+            pragmas += ["journal_mode=WAL", "wal_autocheckpoint=16384", "secure_delete=ON"]
             pragmas += [f"synchronous={'FULL' if self.durable else 'NORMAL'}"]
         for pragma in pragmas:
             connection.execute(f"PRAGMA {pragma}")
@@ -183,6 +185,9 @@ class Database:
         if other:
             raise StoreError(f"{self.path}: a database of memos wanted, got tables {other[:3]}")
         if self.readonly:
+            if not self.readonly and not set(tables.tables) <= set(other):
+                with self.write() as connection:
+                    tables.create_all(connection)
             raise StoreError(f"{self.path}: a store wanted, got an empty database")
         with self.write() as connection:
             if sqlalchemy.inspect(connection).has_table("store"):

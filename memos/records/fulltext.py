@@ -20,6 +20,7 @@ from sqlalchemy import (
     text,
 )
 
+from memos.records.life_schema import cold
 from memos.records.schema import cubes, store
 
 Array = numpy.ndarray[Any, Any]
@@ -79,6 +80,26 @@ class FullText:
                 "VALUES ('delete', ?, ?, ?)",
                 list(rows),
             )
+
+    def refill(self, connection: Connection, states: Sequence[str]) -> None:
+        """Index the cubes in these states, and nothing else.
+
+        Cost: the words of these cubes, whatever was in the index before.
+        """
+        connection.exec_driver_sql(f"INSERT INTO {self._name}({self._name}) VALUES ('delete-all')")
+        marks = ", ".join("?" * len(states))
+        connection.exec_driver_sql(
+            f"INSERT INTO {self._name}(rowid, text, context) SELECT seq, text, context FROM cubes "
+            f"WHERE memory = ? AND state IN ({marks}) ORDER BY seq",
+            (self.memory, *states),
+        )
+        self.forget()
+
+    def forget(self) -> None:
+        """Count rows and words again with the next query."""
+        with self._lock:
+            self._counts.clear()
+            self._last = 0
 
     def search(
         self,
@@ -224,7 +245,16 @@ class FullText:
 
 
 _LAST = select(store.c.seq).where(store.c.id == 1)
-_COUNT = select(func.count()).select_from(cubes).where(cubes.c.memory == bindparam("memory"))
+_COUNT = select(
+    select(func.count())
+    .select_from(cubes)
+    .where(cubes.c.memory == bindparam("memory"))
+    .scalar_subquery()
+    - select(func.count())
+    .select_from(cold)
+    .where(cold.c.memory == bindparam("memory"))
+    .scalar_subquery()
+)
 
 
 def words_of(query: str) -> list[str]:

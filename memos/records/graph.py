@@ -158,7 +158,7 @@ class SqliteGraph:
     ) -> dict[int, dict[str, Any]]:
         """Contents of the nodes that may be seen."""
         statement = sql.filtered(sql.CONTENTS, scope, self.memory)
-        named = {"memory": self.memory, "now": scope.now}
+        named = self._named(scope)
         return {
             int(row[0]): json.loads(row[1])
             for part in chunks(seqs)
@@ -364,7 +364,7 @@ class SqliteGraph:
         return [int(row[0]) for row in connection.execute(statement, named)]
 
     def _named(self, scope: Scope) -> dict[str, Any]:
-        return {"memory": self.memory, "now": scope.now}
+        return {"memory": self.memory, "now": scope.now, "archived": scope.archived}
 
 
 def prepare(connection: Connection) -> None:

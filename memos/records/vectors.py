@@ -18,6 +18,8 @@ from sqlalchemy import Connection, bindparam, select
 from memos.errors import NotFoundError
 from memos.records.database import Database
 from memos.records.index import VectorIndex
+from memos.records.life_schema import cold
+from memos.records.links import chunks
 from memos.records.schema import vectors
 from memos.records.scope import Scope
 
@@ -26,6 +28,13 @@ _SAVE_FROM = 5000  # vectors; fewer are read from their rows as fast as from a f
 
 _TOKENS = select(vectors.c.seq, vectors.c.tokens).where(
     vectors.c.seq.in_(bindparam("seqs", expanding=True)), vectors.c.tokens.is_not(None)
+)
+
+
+_COLD = (
+    select(vectors.c.seq, vectors.c.data)
+    .join(cold, cold.c.seq == vectors.c.seq)
+    .where(vectors.c.seq.in_(bindparam("seqs", expanding=True)), vectors.c.data.is_not(None))
 )
 
 
@@ -100,7 +109,20 @@ class VectorSearch:
         order = numpy.argsort(seqs)
         keys, scores = index.search(query, len(seqs), numpy.asarray(seqs)[order])
         found[order[numpy.searchsorted(numpy.asarray(seqs)[order], keys)]] = scores
+        missing = numpy.flatnonzero(numpy.isnan(found))
+        if len(missing):
+            stored = self._stored(connection, [int(seqs[i]) for i in missing])
+            places = [i for i in missing.tolist() if int(seqs[i]) in stored]
+            found[places] = self._scores(query, [stored[int(seqs[i])] for i in places])
         return found
+
+    def _stored(self, connection: Connection, seqs: Sequence[int]) -> dict[int, bytes]:
+        """The stored bytes of cubes that are in no index."""
+        return {
+            int(row[0]): row[1]
+            for part in chunks(seqs)
+            for row in connection.execute(_COLD, {"seqs": part})
+        }
 
     def background(self, connection: Connection, query: Any) -> tuple[float, float]:
         """Mean and standard deviation of the similarity to 512 cubes from all over the memory.
@@ -139,6 +161,47 @@ class VectorSearch:
                 self._seen = now
             return self._index
 
+    def search_cold(
+        self, connection: Connection, query: Any, limit: int, scope: Scope
+    ) -> tuple[Any, Any]:
+        """As ``search``, among the cubes that are in no index.
+
+        Cost: reads their vectors from the disk.
+        """
+        rows = connection.execute(
+            select(vectors.c.seq, vectors.c.data)
+            .join(cold, cold.c.seq == vectors.c.seq)
+            .where(cold.c.memory == self.memory, vectors.c.data.is_not(None))
+        ).all()
+        keys = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
+        scores = self._scores(query, [row[1] for row in rows])
+        allowed = scope.allowed(connection, self.memory)
+        if allowed is not None:
+            kept = numpy.isin(keys, allowed)
+            keys, scores = keys[kept], scores[kept]
+        order = numpy.lexsort((keys, -scores))[:limit]
+        return keys[order], scores[order]
+
+    def forget(self) -> None:
+        """Drop the index and its file: they are made again from the rows."""
+        with self._lock:
+            self._index, self._seen, self._saved = None, 0, 0
+            self._sample = (0, numpy.zeros((1, self.dim), numpy.float32))
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+
+    def _scores(self, query: Any, data: Sequence[bytes]) -> Any:
+        """Similarity [n] float32 of stored vectors, as the index gives it."""
+        if not data:
+            return numpy.zeros(0, numpy.float32)
+        index = VectorIndex(self.dim, self.metric, self.dtype, hnsw=False, background=False)
+        rows = numpy.frombuffer(b"".join(data), f"<f{4 if self.dtype == 'float32' else 2}")
+        index.add(numpy.arange(len(data)), rows.reshape(len(data), self.dim))
+        keys, scores = index.search(query, len(data), None)
+        found = numpy.empty(len(data), numpy.float32)
+        found[keys] = scores
+        return found
+
     def close(self) -> None:
         """Write the cache file, where it pays for itself."""
         with self._lock:
@@ -165,13 +228,17 @@ class VectorSearch:
 
     def _follow(self, connection: Connection) -> None:
         assert self._index is not None
-        rows = connection.execute(
-            select(vectors.c.seq, vectors.c.data).where(
-                vectors.c.memory == self.memory, vectors.c.change > self._seen
-            )
-        ).all()
-        gone = [int(row[0]) for row in rows if row[1] is None]
-        here = [row for row in rows if row[1] is not None]
+        mine = (vectors.c.memory == self.memory, vectors.c.change > self._seen)
+        rows = connection.execute(select(vectors.c.seq, vectors.c.data).where(*mine)).all()
+        left = connection.execute(
+            select(cold.c.seq).where(cold.c.memory == self.memory, cold.c.change > self._seen)
+        )
+        away = {int(row[0]) for row in left}
+        if rows:
+            also = select(cold.c.seq).join(vectors, vectors.c.seq == cold.c.seq).where(*mine)
+            away.update(int(row[0]) for row in connection.execute(also))
+        gone = sorted(away.union(int(row[0]) for row in rows if row[1] is None))
+        here = [row for row in rows if row[1] is not None and row[0] not in away]
         if gone:
             self._index.remove(numpy.array(gone, numpy.int64))
         if here:

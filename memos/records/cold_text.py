@@ -1,0 +1,121 @@
+"""Full text over cubes that are in no index: their rows are read, and scored as the index scores.
+
+Nothing is kept for them. A query reads all of them once; the words of those with a likely match
+are cut as the tokenizer cuts them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sqlite3
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+from sqlalchemy import Connection
+
+from memos.records.fulltext import CONTEXT_WEIGHT, TOKENIZER, Array, FullText, stems_of, words_of
+from memos.records.states import COLD
+
+_K1, _B, _LEAST = 1.2, 0.75, 1e-6  # as FTS5 has them
+
+
+def search_cold(
+    connection: Connection,
+    fulltext: FullText,
+    query: str,
+    limit: int,
+    allowed: Array | None = None,
+) -> tuple[Array, Array]:
+    """As ``FullText.search``, among the cubes of the memory that are in no index.
+
+    Returns:
+        seq [n] int64, BM25 [n] float64, best first: how rare a word is counts over both kinds.
+
+    Cost: reads the texts of all of them, about 3 us each, and cuts those that may match.
+    """
+    words = words_of(query)
+    none = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float64)
+    if not words or limit < 1:
+        return none
+    stems = set(stems_of(tuple(words)).values())
+    likely = re.compile("|".join(rf"\b{re.escape(_beginning(stem))}" for stem in sorted(stems)))
+    may = None if allowed is None else set(allowed.tolist())
+    total = length = 0
+    rows: list[tuple[int, str, str]] = []
+    states = ", ".join(f"'{state}'" for state in COLD)
+    found = connection.exec_driver_sql(
+        "SELECT cubes.seq, cubes.text, cubes.context FROM cold JOIN cubes ON cubes.seq = cold.seq "
+        f"WHERE cold.memory = ? AND cubes.state IN ({states})",
+        (fulltext.memory,),
+    )
+    for seq, text, context in found:
+        total += 1
+        length += len(text) + len(context)
+        if (may is None or seq in may) and likely.search(_folded(f"{text} {context}")):
+            rows.append((seq, text, context))
+    if not rows:
+        return none
+    counts, lengths = _cut(rows, stems)
+    hot = fulltext.document_frequencies(connection, stems, fulltext.rows(connection))
+    seen = Counter(stem for counted in counts.values() for stem in counted)
+    everything = fulltext.rows(connection) + total
+    rarity = {
+        stem: max(_LEAST, math.log((everything - n + 0.5) / (n + 0.5)))
+        for stem in stems
+        for n in [hot.get(stem, 0) + seen[stem]]
+    }
+    letters = sum(len(text) + len(context) for _, text, context in rows)
+    average = max(1.0, sum(lengths.values()) / max(letters, 1) * length / total)
+    scores = {
+        seq: sum(
+            rarity[stem] * f * (_K1 + 1) / (f + _K1 * (1 - _B + _B * lengths[seq] / average))
+            for stem, f in counted.items()
+        )
+        for seq, counted in counts.items()
+    }
+    best = sorted(scores, key=lambda seq: (-scores[seq], seq))[:limit]
+    return (
+        numpy.array(best, numpy.int64),
+        numpy.array([scores[seq] for seq in best], numpy.float64),
+    )
+
+
+def _beginning(stem: str) -> str:
+    """What every word of this stem begins with: the stemmer changes no more than the last letter
+    of what it leaves."""
+    return stem[:-1] if len(stem) > 2 and stem.isascii() else stem[:2]
+
+
+def _folded(text: str) -> str:
+    low = text.lower()
+    if low.isascii():
+        return low
+    parts = unicodedata.normalize("NFKD", low)
+    return "".join(letter for letter in parts if not unicodedata.combining(letter))
+
+
+def _cut(
+    rows: Sequence[tuple[int, str, str]], stems: set[str]
+) -> tuple[dict[int, dict[str, float]], Counter[int]]:
+    """How often each stem stands in each row, and the tokens of each row."""
+    counts: dict[int, dict[str, float]] = {}
+    lengths: Counter[int] = Counter()
+    with sqlite3.connect(":memory:", isolation_level=None) as own:
+        own.execute(f"CREATE VIRTUAL TABLE texts USING fts5(text, context, tokenize='{TOKENIZER}')")
+        own.execute("CREATE VIRTUAL TABLE words USING fts5vocab('texts', 'instance')")
+        own.execute("BEGIN")
+        own.executemany("INSERT INTO texts(rowid, text, context) VALUES (?, ?, ?)", rows)
+        every: Any = own.execute("SELECT doc, col, term FROM words")
+        for doc, column, term in every:
+            lengths[doc] += 1
+            if term in stems:
+                weight = 1.0 if column == "text" else CONTEXT_WEIGHT
+                counted = counts.setdefault(doc, {})
+                counted[term] = counted.get(term, 0.0) + weight
+        own.execute("ROLLBACK")
+    own.close()
+    return counts, lengths

@@ -1,0 +1,304 @@
+"""Cubes on the move: the table of states.py carried out, with a record of every move.
+
+A move, its effect on the indexes and its record are written in the caller's transaction: after a
+crash a cube is in its old state or in the new one, and its indexes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, and_, bindparam, func, select
+
+from memos.errors import ArgumentError
+from memos.records import states
+from memos.records.database import Database
+from memos.records.fulltext import FullText
+from memos.records.life_schema import cold, pins, transitions
+from memos.records.links import chunks
+from memos.records.schema import cubes, relations, vectors
+from memos.records.states import COLD, HOT, edge_of
+
+_REBUILD = 8  # words of so many cubes are indexed in the time in which those of one are taken out
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One move of a cube.
+
+    Args:
+        old, new: states.
+        trigger:  use, age, capacity, importance, ttl, merge, undo or call.
+        who:      principal or author; None: nobody said.
+        why:      in words.
+        at:       seconds since 1970.
+    """
+
+    old: str
+    new: str
+    trigger: str
+    who: str | None
+    why: str
+    at: float
+
+
+class Life:
+    """Moves the cubes of one memory. Holds no state of its own: as thread-safe as the database."""
+
+    def __init__(self, database: Database, memory: int, name: str, fulltext: FullText) -> None:
+        self.database, self.memory, self.name, self.fulltext = database, memory, name, fulltext
+
+    def move(
+        self,
+        connection: Connection,
+        seqs: Iterable[int],
+        new: str,
+        *,
+        trigger: str,
+        at: float,
+        who: str | None = None,
+        why: str = "",
+    ) -> int:
+        """Move cubes to a state; those that are there already stay as they are.
+
+        Args:
+            seqs: of this memory, each once.
+
+        Returns:
+            How many moved.
+
+        Raises:
+            ArgumentError: a move that is not in the table, or a guard that does not hold. Nothing
+                has moved then.
+
+        Cost: an update and a record for each cube; cubes that leave full text take their words
+            out, or the words of those that stay are indexed anew, whatever is less.
+        """
+        rows = [row for row in self._states(connection, list(seqs)) if row[2] != new]
+        if not rows:
+            return 0
+        plan: dict[str, list[int]] = {}
+        for state in {row[2] for row in rows}:
+            some = [row for row in rows if row[2] == state]
+            edge = edge_of(state, new, trigger, self._called(some[0][1]))
+            for guard in edge.guards:
+                refused = GUARDS[guard](connection, self, some, rows)
+                if refused is not None:
+                    raise ArgumentError(f"{self._called(refused)}: for {new} {guard} wanted")
+            plan.setdefault(edge.effect, []).extend(row[0] for row in some)
+        change = None
+        if set(plan) != {states.STAYS} or trigger != states.USE:
+            change, _ = self.database.allocate(connection)
+        moved = [row[0] for row in rows]
+        if change is None:  # nothing that anyone keeps depends on it
+            connection.exec_driver_sql(_SET_STATE, [(new, seq) for seq in moved])
+        else:
+            connection.exec_driver_sql(_MOVE, [(new, change, seq) for seq in moved])
+        for effect, some_seqs in plan.items():
+            EFFECTS[effect](connection, self, some_seqs, change or 0)
+        self.record(connection, [(r[0], r[2]) for r in rows], new, trigger, who, why, at)
+        return len(rows)
+
+    def record(
+        self,
+        connection: Connection,
+        moved: Sequence[tuple[int, str]],
+        new: str,
+        trigger: str,
+        who: str | None,
+        why: str,
+        at: float,
+    ) -> None:
+        """Write down moves: (seq, state before)."""
+        if moved:
+            rows = [(seq, old, new, trigger, who, why, at) for seq, old in moved]
+            connection.exec_driver_sql(_RECORD, rows)
+
+    def check_gone(self, rows: Sequence[Any], trigger: str) -> None:
+        """Before rows of ``cubes`` are deleted. Raises ArgumentError, which names a frozen one."""
+        for row in rows:
+            if row.state != states.DELETED:
+                edge_of(row.state, states.DELETED, trigger, self._called(row.id))
+
+    def check_change(self, row: Any) -> None:
+        """Before a row of ``cubes`` gets a new version. Raises ArgumentError where it cannot."""
+        if row.state == states.FROZEN:
+            raise ArgumentError(f"{self._called(row.id)}: FROZEN, so it cannot change; thaw it")
+        if row.state == states.MERGED:
+            raise ArgumentError(
+                f"{self._called(row.id)}: MERGED into another one, so it cannot change; change "
+                "that one, or undo the merge"
+            )
+
+    def history(self, connection: Connection, seq: int) -> list[Transition]:
+        """Every move of a cube, oldest first."""
+        t = transitions.c
+        rows = connection.execute(
+            select(t.old, t.new, t.trigger, t.who, t.why, t.at).where(t.seq == seq).order_by(t.id)
+        )
+        return [Transition(*row) for row in rows]
+
+    def last(self, connection: Connection, seqs: Sequence[int], new: str) -> dict[int, str]:
+        """The state that each cube had before its last move to ``new``."""
+        t = transitions.c
+        found: dict[int, str] = {}
+        for part in chunks(list(seqs)):
+            rows = connection.execute(
+                select(t.seq, t.old).where(t.seq.in_(part), t.new == new).order_by(t.id)
+            )
+            found.update({int(row[0]): row[1] for row in rows})
+        return found
+
+    def count(self, connection: Connection) -> dict[str, int]:
+        """State -> how many cubes are in it; states without cubes are left out."""
+        rows = connection.execute(
+            select(cubes.c.state, func.count())
+            .where(cubes.c.memory == self.memory)
+            .group_by(cubes.c.state)
+        )
+        return {row[0]: int(row[1]) for row in rows}
+
+    def pin(self, connection: Connection, seq: int, pinned: bool) -> None:
+        """While a cube is pinned nothing archives or merges it."""
+        connection.execute(pins.delete().where(pins.c.seq == seq))
+        if pinned:
+            connection.execute(pins.insert(), {"seq": seq})
+
+    def pinned(self, connection: Connection) -> set[int]:
+        """Numbers of the pinned cubes."""
+        rows = connection.execute(
+            select(pins.c.seq)
+            .join(cubes, cubes.c.seq == pins.c.seq)
+            .where(cubes.c.memory == self.memory)
+        )
+        return {int(row[0]) for row in rows}
+
+    def are_cold(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        """Those of these cubes that are in no index."""
+        return [
+            int(row[0])
+            for part in chunks(list(seqs))
+            for row in connection.execute(_ARE_COLD, {"seqs": part})
+        ]
+
+    # Inside.
+
+    def _called(self, id: str) -> str:
+        return f"memory {self.name!r}, cube {id!r}"
+
+    def _states(self, connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, str]]:
+        found: list[tuple[int, str, str]] = []
+        for part in chunks(seqs):
+            marks = ", ".join("?" * len(part))
+            rows = connection.exec_driver_sql(
+                f"SELECT seq, id, state FROM cubes WHERE seq IN ({marks})", tuple(part)
+            )
+            found += [(int(row[0]), row[1], row[2]) for row in rows]
+        return found
+
+
+# Guards: (connection, life, rows that need it, all rows that move) -> id of one that fails.
+
+_Row = tuple[int, str, str]
+
+
+def _unpinned(connection: Connection, life: Life, rows: Sequence[_Row], _: Any) -> str | None:
+    held = life.pinned(connection)
+    return next((row[1] for row in rows if row[0] in held), None)
+
+
+def _nothing_left(
+    connection: Connection, life: Life, rows: Sequence[_Row], moving: Sequence[_Row]
+) -> str | None:
+    ids = {row[0]: row[1] for row in rows}
+    going = {row[0] for row in moving}
+    for part in chunks(list(ids)):
+        for statement in (_BELOW, _AT_NODE):
+            for near, far in connection.execute(statement, {"seqs": part}):
+                if near in ids and far not in going:
+                    return ids[near]
+    return None
+
+
+# Effects: (connection, life, seqs, number of the change).
+
+
+def _stay(connection: Connection, life: Life, seqs: Sequence[int], change: int) -> None: ...
+
+
+def _leave(connection: Connection, life: Life, seqs: Sequence[int], change: int) -> None:
+    connection.exec_driver_sql(
+        "INSERT OR REPLACE INTO cold(seq, memory, change) VALUES (?, ?, ?)",
+        [(seq, life.memory, change) for seq in seqs],
+    )
+    few = _REBUILD * len(seqs) <= life.fulltext.rows(connection)
+    if few:
+        life.fulltext.delete(connection, _texts(connection, seqs))
+    else:
+        life.fulltext.refill(connection, HOT)
+
+
+def _return(connection: Connection, life: Life, seqs: Sequence[int], change: int) -> None:
+    life.fulltext.insert(connection, _texts(connection, seqs))
+    for part in chunks(seqs):
+        connection.execute(cold.delete().where(cold.c.seq.in_(part)))
+        connection.execute(
+            vectors.update()
+            .where(vectors.c.seq.in_(part), vectors.c.data.is_not(None))
+            .values(change=change)
+        )
+
+
+def _go(connection: Connection, life: Life, seqs: Sequence[int], change: int) -> None:
+    raise AssertionError("CubeTable.delete carries this out")
+
+
+def _texts(connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, str]]:
+    columns = (cubes.c.seq, cubes.c.text, cubes.c.context)
+    return [
+        (int(row[0]), row[1], row[2])
+        for part in chunks(list(seqs))
+        for row in connection.execute(select(*columns).where(cubes.c.seq.in_(part)))
+    ]
+
+
+GUARDS: dict[str, Callable[[Connection, Life, Sequence[_Row], Sequence[_Row]], str | None]] = {
+    states.UNPINNED: _unpinned,
+    states.NOTHING_LEFT: _nothing_left,
+}
+EFFECTS: dict[str, Callable[[Connection, Life, Sequence[int], int], None]] = {
+    states.STAYS: _stay,
+    states.LEAVES: _leave,
+    states.RETURNS: _return,
+    states.GOES: _go,
+}
+
+_SET_STATE = "UPDATE cubes SET state = ? WHERE seq = ?"
+_MOVE = "UPDATE cubes SET state = ?, change = ? WHERE seq = ?"
+_RECORD = (
+    "INSERT INTO transitions(seq, old, new, trigger, who, why, at) VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+_ARE_COLD = select(cold.c.seq).where(cold.c.seq.in_(bindparam("seqs", expanding=True)))
+_child = cubes.alias("child")
+_BELOW = select(_child.c.parent, _child.c.seq).where(
+    _child.c.parent.in_(bindparam("seqs", expanding=True)),
+    and_(*(_child.c.state != state for state in (*COLD, states.DELETED))),
+)
+_AT_NODE = (
+    select(relations.c.source, cubes.c.seq)
+    .join(cubes, cubes.c.seq == relations.c.cube)
+    .where(
+        relations.c.source.in_(bindparam("seqs", expanding=True)),
+        and_(*(cubes.c.state != state for state in (*COLD, states.DELETED))),
+    )
+    .union_all(
+        select(relations.c.target, cubes.c.seq)
+        .join(cubes, cubes.c.seq == relations.c.cube)
+        .where(
+            relations.c.target.in_(bindparam("seqs", expanding=True)),
+            and_(*(cubes.c.state != state for state in (*COLD, states.DELETED))),
+        )
+    )
+)
