@@ -17,7 +17,7 @@ from memos.cube import MemCube, Relation, Version
 from memos.cube.identity import canonical, version_digest
 from memos.errors import NotFoundError, StoreError
 from memos.records.database import Database
-from memos.records.filters import compile_filter, facts_of
+from memos.records.filters import facts_of
 from memos.records.fulltext import FullText
 from memos.records.history import (
     Edge,
@@ -136,7 +136,7 @@ class CubeTable:
         at: float,
     ) -> None:  # fmt: skip
         """Add an edge to another cube, of any memory; an equal one is replaced. A new version."""
-        memory, id = names_of(connection, [other])[other]
+        memory, id = self._own(names_of(connection, [other]))[other]
         edge: Edge = (relation.type, memory, id, relation.weight, relation.properties)
         old = self._row(connection, seq).edges
         edges = with_edge(old, edge)
@@ -202,9 +202,7 @@ class CubeTable:
 
     def find(self, connection: Connection, id: str, scope: Scope) -> int | None:
         """Number of the cube with this id, if it may be seen; by its id an archived one may be."""
-        statement = _FIND
-        if not scope.is_open:
-            statement = statement.where(compile_filter(scope.filters, self.memory))
+        statement = scope.restrict(_FIND, self.memory)
         named = {"memory": self.memory, "now": scope.now, "id": id}
         found = connection.execute(statement, named).scalar()
         return None if found is None else int(found)
@@ -335,9 +333,7 @@ class CubeTable:
 
     def visible(self, connection: Connection, seqs: Sequence[int], scope: Scope) -> set[int]:
         """Which of these cubes may be seen."""
-        statement = _VISIBLE
-        if not scope.is_open:
-            statement = statement.where(compile_filter(scope.filters, self.memory))
+        statement = scope.restrict(_VISIBLE, self.memory)
         found: set[int] = set()
         for part in chunks(seqs):
             named = {"memory": self.memory, "now": scope.now, "seqs": part}
@@ -352,9 +348,7 @@ class CubeTable:
 
         Raises StoreError where a row that may be seen is not what was stored.
         """
-        statement = _ROWS if scope is None else _SEEN
-        if scope is not None and not scope.is_open:
-            statement = statement.where(compile_filter(scope.filters, self.memory))
+        statement = _ROWS if scope is None else scope.restrict(_SEEN, self.memory)
         named: dict[str, Any] = {"memory": self.memory}
         if scope is not None:
             named |= {"now": scope.now, "archived": scope.archived}
@@ -412,11 +406,17 @@ class CubeTable:
     def _names(
         self, connection: Connection, news: Sequence[New], first: int
     ) -> dict[int, tuple[str, str]]:
-        """(memory, id) of the parents and related cubes of new ones."""
+        """(memory, id) of the parents and related cubes of new ones; "" is this memory."""
         wanted = {new.parent for new in news if new.parent is not None}
         wanted.update(other for new in news for other, _ in new.relations)
-        found = {seq: (self.name, news[seq - first].id) for seq in wanted if seq >= first}
-        return found | names_of(connection, [seq for seq in wanted if seq < first])
+        found = {seq: ("", news[seq - first].id) for seq in wanted if seq >= first}
+        return found | self._own(names_of(connection, [seq for seq in wanted if seq < first]))
+
+    def _own(self, names: Mapping[int, tuple[str, str]]) -> dict[int, tuple[str, str]]:
+        """The names with "" for this memory: what it is called elsewhere changes no digest."""
+        return {
+            seq: ("" if memory == self.name else memory, id) for seq, (memory, id) in names.items()
+        }
 
     def _new_row(
         self, new: New, seq: int, change: int, names: Mapping[int, tuple[str, str]]
@@ -504,13 +504,13 @@ _EXPIRED = select(cubes.c.seq).where(
     cubes.c.memory + 0 == bindparam("memory"),
     cubes.c.expires_at <= bindparam("now"),
     cubes.c.state != DELETED,
+    cubes.c.state != FROZEN,
 )
 _CHANGED = (
     select(cubes.c.seq)
     .where(cubes.c.memory == bindparam("memory"), cubes.c.change > bindparam("since"))
     .limit(bindparam("limit"))
 )
-    cubes.c.state != FROZEN,
 _PARENTS = cubes.alias("parents")
 _ROWS = (
     select(cubes, _PARENTS.c.id.label("parent_id"))
