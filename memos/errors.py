@@ -18,6 +18,10 @@ class NotFoundError(MemosError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class AccessError(MemosError, PermissionError):
+    """What a principal may not do with a cube or memory that it may see."""
+
+
 class BackendError(MemosError, RuntimeError):
     """The machine's limit: a backend, instruction set or package that is not there."""
 

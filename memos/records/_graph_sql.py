@@ -18,7 +18,6 @@ from sqlalchemy import (
     true,
 )
 
-from memos.records.filters import compile_filter
 from memos.records.schema import cubes, fact_columns, relations
 from memos.records.scope import Scope, lives
 
@@ -50,15 +49,15 @@ DELETE_FACT = (
 
 
 def filtered(statement: Select[Any], scope: Scope, memory: int) -> Select[Any]:
-    """A statement over cubes, for those that the scope's filters let through."""
-    return statement if scope.is_open else statement.where(compile_filter(scope.filters, memory))
+    """A statement over cubes, for those that the scope lets through."""
+    return scope.restrict(statement, memory)
 
 
 def built(scope: Scope, memory: int, build: Callable[..., Select[Any]], *given: Any) -> Select[Any]:
-    """What ``build`` makes of the scope's filters; made once where there are none."""
+    """What ``build`` makes of the scope; made once where it is open."""
     if scope.is_open:
         return _open(build, *given)
-    return build(compile_filter(scope.filters, memory), *given)
+    return build(scope.restriction(memory), *given)
 
 
 @functools.lru_cache(maxsize=64)

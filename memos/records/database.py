@@ -133,6 +133,10 @@ class Database:
         elif call not in self._afterwards:
             self._afterwards.append(call)
 
+    def is_writing(self) -> bool:
+        """Whether this thread is in a transaction that may still be undone."""
+        return self.path is not None and self._writer == threading.get_ident()
+
     def change(self, connection: Connection) -> int:
         """Number of the last transaction that this connection sees."""
         return int(connection.execute(_CHANGE).scalar_one())
@@ -181,13 +185,13 @@ class Database:
         if known:
             if found != FORMAT:
                 self._upgrade(found)
+            if not self.readonly and not set(tables.tables) <= set(other):
+                with self.write() as connection:
+                    tables.create_all(connection)
             return
         if other:
             raise StoreError(f"{self.path}: a database of memos wanted, got tables {other[:3]}")
         if self.readonly:
-            if not self.readonly and not set(tables.tables) <= set(other):
-                with self.write() as connection:
-                    tables.create_all(connection)
             raise StoreError(f"{self.path}: a store wanted, got an empty database")
         with self.write() as connection:
             if sqlalchemy.inspect(connection).has_table("store"):

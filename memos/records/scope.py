@@ -17,7 +17,6 @@ from memos.records.schema import cubes
 from memos.records.states import ARCHIVED, DELETED, FROZEN, MERGED
 
 if TYPE_CHECKING:
-    from memos.records.database import Database
     from memos.records.rights import Actor
     from memos.records.rights_seen import Readable
 
@@ -81,7 +80,7 @@ class Scope:
             return self.rights.restrict(statement)
         return statement.where(self.restriction(memory))
 
-    def allowed(self, connection: Connection, memory: int, database: Database) -> Any:
+    def allowed(self, connection: Connection, memory: int) -> Any:
         """Numbers of what may be seen, [n] int64, ascending; None: everything in the indexes.
 
         Looked up once for all paths of one query. What is deleted is in no index, and what has
@@ -90,23 +89,21 @@ class Scope:
         if self.is_open:
             return None
         if memory not in self._allowed:
-            self._allowed[memory] = self._look_up(connection, memory, database)
+            self._allowed[memory] = self._look_up(connection, memory)
         return self._allowed[memory]
 
-    def readable(
-        self, connection: Connection, memory: int, database: Database
-    ) -> Readable | None:
+    def readable(self, connection: Connection, memory: int) -> Readable | None:
         """What the principal may read of a memory, filters aside; None: the owner asks."""
         if self.rights is None:
             return None
         from memos.records.rights_seen import views_of
 
-        return views_of(database).get(connection, self.rights, memory)
+        return views_of(self.rights.database).get(connection, self.rights, memory)
 
-    def _look_up(self, connection: Connection, memory: int, database: Database) -> Any:
+    def _look_up(self, connection: Connection, memory: int) -> Any:
         import numpy
 
-        view = self.readable(connection, memory, database)
+        view = self.readable(connection, memory)
         if not self.filters and view is not None:
             return None if view.is_all else view.seqs
         filtered = and_(self.lives(memory), compile_filter(self.filters, memory))
