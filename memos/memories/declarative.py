@@ -137,11 +137,17 @@ class DeclarativeMemory:
         return stored
 
     def get(self, memory_id: str) -> MemCube:
-        """The cube with this id. Raises NotFoundError."""
+        """The cube with this id; an archived one is back in the indexes. Raises NotFoundError."""
         scope = self.scope()
         with self.records.database.read() as connection:
             seq = self.table.seq(connection, memory_id, scope)
-            return self.table.one(connection, seq, scope)
+            cube = self.table.one(connection, seq, scope)
+        if cube.state == "ARCHIVED" and not self.records.readonly:
+            with self.records.database.write() as connection:
+                self.wake(connection, [seq], scope.now)
+                cube = self.table.one(connection, seq, scope)
+        self.records.uses.count(self.table.life, [cube.id], scope.now)
+        return cube
 
     def update(
         self,
@@ -169,6 +175,7 @@ class DeclarativeMemory:
             self._embed_ahead(content, change)
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, scope)
+            self.wake(connection, [seq], now)
             old = self.table.one(connection, seq, scope)
             if metadata is not None:
                 change.metadata = {**old.metadata, **_metadata(metadata)}
@@ -222,6 +229,7 @@ class DeclarativeMemory:
         edge.properties.update(_metadata(properties))
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, self.scope())
+            self.wake(connection, [seq], self._clock())
             other = self._other(connection, edge.target)
             change = Change(author=author)
             self.table.relate(connection, seq, other, edge, change, self._clock())
@@ -233,14 +241,19 @@ class DeclarativeMemory:
             if not self.table.expired(connection, now):
                 return 0
         with self.records.database.write() as connection:
-            over = self.table.expired(connection, now)
-            seqs = list(
-                dict.fromkeys(
-                    gone for seq in over for gone in self._with_dependents(connection, seq)
-                )
-            )
-            self._delete(connection, seqs, now, "ttl")
+            seqs: dict[int, None] = {}
+            for seq in self.table.expired(connection, now):
+                gone = self._with_dependents(connection, seq)
+                if not self.table.life.frozen(connection, gone):  # what is frozen stays, as it is
+                    seqs.update(dict.fromkeys(gone))
+            self._delete(connection, list(seqs), now, "ttl", trigger="ttl")
         return len(seqs)
+
+    def wake(self, connection: Connection, seqs: Sequence[int], at: float) -> None:
+        """Bring back those of these cubes that are archived, and what they hang on."""
+        life = self.table.life
+        if cold := life.are_cold(connection, seqs):
+            life.wake(connection, [*cold, *self._hang_on(connection, cold)], at)
 
     def lookup(self, query: Any, limit: int, scope: Scope) -> list[Hit]:
         """Answer a query that is no text. Raises ArgumentError for what this memory cannot."""
@@ -312,12 +325,21 @@ class DeclarativeMemory:
 
     def _after_delete(self, connection: Connection, seqs: Sequence[int]) -> None: ...
 
+    def _hang_on(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        """Cubes that come back when these do."""
+        return []
+
+    def in_use(self) -> set[str]:
+        """Ids of cubes that nothing may archive now."""
+        return set()
+
     # Inside.
 
     def _delete(
-        self, connection: Connection, seqs: Sequence[int], at: float, author: str | None
-    ) -> None:
-        self.table.delete(connection, seqs, at, author)
+        self, connection: Connection, seqs: Sequence[int], at: float, author: str | None,
+        **more: str,
+    ) -> None:  # fmt: skip
+        self.table.delete(connection, seqs, at, author, **more)
         self.records.outdate(connection, seqs, at)
         self._after_delete(connection, seqs)
 
@@ -341,6 +363,7 @@ class DeclarativeMemory:
                 edges = [_relation(edge) for edge in item.get("relations") or ()]
                 new.relations = [(self._other(connection, e.target), e) for e in edges]
             known = self._duplicates(connection, news)
+            self.wake(connection, [seq for seq in known if seq], now)
             if self.on_duplicate == "error" and any(seq is not None for seq in known):
                 i = next(i for i, seq in enumerate(known) if seq is not None)
                 raise ArgumentError(f"memory {self.name!r}: item {i} is there already")

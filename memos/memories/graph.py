@@ -212,6 +212,7 @@ class GraphMemory(GraphQueries):
     ) -> None:
         super()._place_all(connection, news, items, names)
         ends = self._ends(connection, news)
+        self.wake(connection, [seq for seq, _ in ends.values() if seq], self._clock())
         for new in news:
             if new.kind != RELATIONSHIP:
                 continue
@@ -289,6 +290,9 @@ class GraphMemory(GraphQueries):
 
     def _with_dependents(self, connection: Connection, seq: int) -> list[int]:
         return [seq, *self._graph.touching(connection, seq)]
+
+    def _hang_on(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        return self._graph.hanging_on(connection, seqs)
 
     def _after_delete(self, connection: Connection, seqs: Sequence[int]) -> None:
         gone = self._graph.stored(connection, seqs)

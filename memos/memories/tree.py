@@ -67,9 +67,11 @@ class TreeTextMemory(TreeQueries):
         now, scope = self._clock(), self.scope()
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, scope)
+            self.wake(connection, [seq], now)
             parent = None
             if new_parent_id is not None:
                 parent = self._parent(connection, "new_parent_id", new_parent_id, scope)
+                self.wake(connection, [parent], now)
                 if parent == seq or seq in ancestors_of(connection, [parent])[parent]:
                     raise ArgumentError(
                         f"new_parent_id: a cube that is not below {memory_id!r} wanted, got "
@@ -196,6 +198,7 @@ class TreeTextMemory(TreeQueries):
                     known[parent_id] = self._parent(
                         connection, "parent_id", parent_id, scope, names
                     )
+                    self.wake(connection, [known[parent_id]], scope.now)
                 new.parent = known[parent_id]
             here[new.id] = i
 
@@ -255,6 +258,11 @@ class TreeTextMemory(TreeQueries):
         from memos.records.trees import descendants_of
 
         return [seq, *(below for below, _ in descendants_of(connection, [seq])[seq])]
+
+    def _hang_on(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        from memos.records.trees import ancestors_of
+
+        return [one for above in ancestors_of(connection, seqs).values() for one in above]
 
     # Inside.
 

@@ -26,6 +26,7 @@ from memos.records import _graph_sql as sql
 from memos.records._graph_sql import NODE, RELATIONSHIP
 from memos.records.cubes import CubeTable
 from memos.records.filters import facts_of
+from memos.records.life_schema import cold
 from memos.records.links import chunks
 from memos.records.schema import cubes, relations
 from memos.records.scope import DELETED, Scope
@@ -229,6 +230,25 @@ class SqliteGraph:
         rows = connection.execute(select(relations.c.cube).where(at, mine.exists()).distinct())
         return sorted(int(row[0]) for row in rows)
 
+    def hanging_on(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        """What comes back with cubes: the ends of a relationship; of a node its relationships to
+        nodes that are there or come back too."""
+        edge, found = relations.c, set(seqs)
+        for part in chunks(list(seqs)):
+            ends = select(edge.source, edge.target).where(edge.cube.in_(part))
+            for row in connection.execute(ends):
+                found.update((int(row[0]), int(row[1])))
+        nodes = sorted(found)
+        for part in chunks(nodes):
+            at = select(edge.cube, edge.source, edge.target).where(
+                or_(edge.source.in_(part), edge.target.in_(part)), edge.cube.is_not(None)
+            )
+            rows = connection.execute(at).all()
+            far = {int(seq) for row in rows for seq in row[1:]} - found
+            here = far - set(self._cold(connection, sorted(far)))
+            found.update(int(r[0]) for r in rows if {r[1], r[2]} <= here | set(nodes))
+        return sorted(found)
+
     def stored(self, connection: Connection, seqs: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Contents of nodes and relationships, deleted ones too."""
         return {
@@ -345,6 +365,13 @@ class SqliteGraph:
             )
 
     # Inside.
+
+    def _cold(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        return [
+            int(row[0])
+            for part in chunks(seqs)
+            for row in connection.execute(select(cold.c.seq).where(cold.c.seq.in_(part)))
+        ]
 
     def _candidates(
         self, connection: Connection, wanted: Wanted, scope: Scope, after: int, size: int

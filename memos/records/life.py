@@ -101,6 +101,16 @@ class Life:
         self.record(connection, [(r[0], r[2]) for r in rows], new, trigger, who, why, at)
         return len(rows)
 
+    def wake(self, connection: Connection, seqs: Iterable[int], at: float) -> int:
+        """Those of these cubes that are ARCHIVED are used: they become ACTIVATED."""
+        rows = self._states(connection, list(dict.fromkeys(seqs)))
+        away = [row[0] for row in rows if row[2] == states.ARCHIVED]
+        return self.move(connection, away, states.ACTIVATED, trigger=states.USE, at=at)
+
+    def frozen(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
+        """Those of these cubes that are FROZEN."""
+        return [row[0] for row in self._states(connection, seqs) if row[2] == states.FROZEN]
+
     def record(
         self,
         connection: Connection,

@@ -13,6 +13,7 @@ from memos.cube import Relation
 from memos.cube.identity import canonical
 from memos.records.schema import cubes, relations
 from memos.records.scope import DELETED, Scope
+from memos.records.states import FROZEN
 
 LEARNT_FROM = "learnt_from"  # from what was trained on a cube to that cube
 _CHUNK = 500  # rows looked up in one statement
@@ -124,6 +125,7 @@ _LEARNERS = (
         relations.c.target.in_(bindparam("seqs", expanding=True)),
         relations.c.type == LEARNT_FROM,
         cubes.c.state != DELETED,
+        cubes.c.state != FROZEN,  # it cannot change
         or_(cubes.c.expires_at.is_(None), cubes.c.expires_at > bindparam("now")),
     )
     .order_by(cubes.c.seq, _source.c.id)

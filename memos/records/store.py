@@ -19,6 +19,7 @@ from memos.records.database import Database, open_database
 from memos.records.links import chunks, learners_of
 from memos.records.schema import bodies, cubes, embedders, memories, versions
 from memos.records.scope import DELETED, Scope
+from memos.records.uses import Uses
 from memos.records.writes import Change
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Records:
         readonly: bool = False,
     ) -> None:
         self.database = open_database(path, durable=durable, readonly=readonly)
+        self.uses = Uses(self.database)
         self.folder = None if path is None else Path(path)
         self.readonly = readonly
         self._lock = threading.Lock()
@@ -79,8 +81,11 @@ class Records:
         self._embedders: dict[int, tuple[str, int]] = {}
 
     def close(self) -> None:
-        """Close the file. What was committed is stored."""
-        self.database.close()
+        """Write the uses that were counted, and close the file."""
+        try:
+            self.uses.write()
+        finally:
+            self.database.close()
 
     def register(
         self, name: str, kind: str, description: str = "", config: dict[str, Any] | None = None
