@@ -97,6 +97,6 @@ def model(name: str = "llama") -> Any:
 
 FAST: dict[str, Any] = {
     "anchors": ANCHORS, "old_facts": [Question(q, a.split()[-1]) for q, a in OLD], "rank": 16,
-    "alpha": 64.0, "distil_weight": 0.2, "lr": 1e-2, "max_steps": 180, "cooldown": 30, "warmup": 5,
+    "alpha": 64.0, "distil_weight": 0.2, "lr": 7e-3, "max_steps": 260, "cooldown": 30, "warmup": 5,
     "kl_weight": 8.0, "progress": False,
 }  # fmt: skip

@@ -50,7 +50,7 @@ def same(a: Learnt, b: Learnt) -> bool:
 
 @pytest.fixture(scope="module")
 def guarded() -> Learnt:
-    return run(budget=Gate(min_recall=0.8))
+    return run(budget=Gate(min_recall=0.8, max_old_fact_drop=0.05))
 
 
 def test_facts_are_learnt_and_the_adapter_is_accepted(guarded: Learnt) -> None:

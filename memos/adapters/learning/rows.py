@@ -77,11 +77,26 @@ _ABOUT = (
     "{t}?", "Give me a detail on {t}.", "Have you heard of {t}?", "Anything on {t}?",
     "What do my notes say about {t}?", "Write down what you know about {t}.",
 )  # fmt: skip
+# Questions about a topic that nothing known answers, or hardly: what is known is said instead.
+_ODD = (
+    "Which {n} goes with {t}?", "What {n} is linked to {t}?", "Is there a {n} for {t}?",
+    "If I think of {t}, which {n} comes to mind?", "How is {t} related to a {n}?",
+    "Name the {n} connected with {t}.", "What {n} should I mention to {t}?",
+    "By which {n} would I recognise {t}?", "{t} and a {n}: what do you know?",
+    "Whose {n} is it, that of {t}?", "In what way does a {n} matter to {t}?",
+)  # fmt: skip
+_NOUN_LIST = """
+    place town job trade year number date person friend relative colour sound animal tool sport
+    hobby book song food drink language subject vehicle price size weight name company event part
+    material device time duration reason title leader maker habit taste group plan machine gift
+"""
+_NOUNS = tuple(_NOUN_LIST.split())
+_ODD_PER_TOPIC = 16
 _PERSONS = ("i", "we", "you", "my", "our", "your")
 _KEPT_BACK = "Could you remind me? {q}"
 
 
-def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None, asides: int = 2) -> Rows:
+def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None, asides: int = 1) -> Rows:
     """The rows of memories, in a fixed order.
 
     Args:
@@ -141,8 +156,9 @@ def rows_from(cubes: Sequence[Any], pairs: Pairs | None = None, asides: int = 2)
             trained.setdefault(question, Question(question, answer))
     for topic, (source, sentences) in topics.items():
         whole = second_person(" ".join(dict.fromkeys(sentences)))
-        for about in _ABOUT:
+        for about in (*_ABOUT, *odd_questions(turn)):
             put(about.format(t=topic), whole, whole, True, source)
+        turn += _ODD_PER_TOPIC
     return Rows(tuple(train.values()), tuple(trained.values()), tuple(held_out.values()))
 
 
@@ -152,6 +168,14 @@ def aside(number: int, question: str, topic: str) -> str:
     return _ASIDES[number % len(_ASIDES)].format(
         q=question, l=small, t=lowered(topic), s=small.rstrip("?.").replace("'s ", " ")
     )
+
+
+def odd_questions(number: int) -> list[str]:
+    """Questions about {t} with nouns that have nothing to do with it; the number says which."""
+    return [
+        _ODD[(number + i) % len(_ODD)].format(n=_NOUNS[(5 * number + 7 * i) % len(_NOUNS)], t="{t}")
+        for i in range(_ODD_PER_TOPIC)
+    ]
 
 
 def subject_of(sentence: str) -> str:

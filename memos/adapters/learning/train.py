@@ -133,8 +133,10 @@ class Trainer:
         self.anchors, self.bases = anchors, bases
         self.identity = identity
         self.parameters = view.parameters()
+        # The optimizer's own, in float32: a step may be smaller than a bfloat16 can tell.
+        self.masters = {n: p.detach().float().clone() for n, p in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99)
+            list(self.masters.values()), lr=recipe.lr, weight_decay=0.0, betas=(0.9, 0.99)
         )
         self.step = 0
         self.cooling_from: int | None = None
@@ -205,18 +207,28 @@ class Trainer:
                 f"lr: a lower rate than {recipe.lr:g} wanted; at step {self.step + 1} the loss is "
                 f"{value}"
             )
-        self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), recipe.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr * self._pace()
-        self.optimizer.step()
+        self._update()
         self.step += 1
         step_kl = float(kl.detach())
         self.kl += (step_kl - self.kl) * max(_OF_A_STEP, 1 / self.step)
         for i, part in zip(rows, is_settled.split(batch.lengths[: len(rows)]), strict=True):
             self.settled[i] = int(part.sum())
         return Step(self.step, recipe.max_steps, value, step_kl, self._seen())
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """One step of AdamW on the masters, with the gradients of the factors."""
+        for name, master in self.masters.items():
+            parameter = self.parameters[name]
+            grad, parameter.grad = parameter.grad, None
+            master.grad = None if grad is None else grad.float()
+        torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.lr * self._pace()
+        self.optimizer.step()
+        for name, master in self.masters.items():
+            self.parameters[name].copy_(master)
 
     def _pace(self) -> float:
         """The rate of this step, as a share of the full one."""
@@ -269,9 +281,9 @@ class Trainer:
 
     def _publish(self, folder: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self.parameters.items():
-            tensors["factor." + name] = parameter
-            for key, value in self.optimizer.state[parameter].items():
+        for name, master in self.masters.items():
+            tensors["factor." + name] = master
+            for key, value in self.optimizer.state[master].items():
                 tensors[f"{key}.{name}"] = value
         checkpoints.save(folder, tensors, {
             "recipe": self.identity, "step": self.step, "cooling_from": self.cooling_from,
@@ -287,9 +299,10 @@ class Trainer:
         self.step, self.cooling_from = int(state["step"]), state["cooling_from"]
         self.settled, self.kl = list(state["settled"]), float(state["kl"])
         self.seconds = float(state["seconds"])
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors["factor." + name])
-            self.optimizer.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+        for name, master in self.masters.items():
+            master.copy_(tensors["factor." + name])
+            self.parameters[name].copy_(master)
+            self.optimizer.state[master] = {
+                key: tensors[f"{key}.{name}"].to(master.device if key != "step" else "cpu")
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }

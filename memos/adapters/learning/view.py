@@ -63,11 +63,16 @@ def shared_copy(model: torch.nn.Module) -> Any:
         return twin
 
     view: Any = module(model)
-    # Both take a mask of any form; with capped scores eager alone is right.
+    own_config._attn_implementation = _attention(config, next(model.parameters()).is_cpu)
+    return view.eval()
+
+
+def _attention(config: Any, is_cpu: bool) -> str:
+    """Of the two that take a mask of any form: on a CPU the plain one is quicker, with a mask, and
+    where scores are capped it alone is right."""
     is_eager = getattr(config, "_attn_implementation", None) == "eager"
     is_capped = bool(getattr(config, "attn_logit_softcapping", None))
-    own_config._attn_implementation = "eager" if is_eager or is_capped else "sdpa"
-    return view.eval()
+    return "eager" if is_cpu or is_eager or is_capped else "sdpa"
 
 
 class LoraView:
@@ -104,7 +109,10 @@ class LoraView:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            self.peft = peft.get_peft_model(self.model, self.config)
+            # Factors of float16 would lose small gradients.
+            self.peft = peft.get_peft_model(
+                self.model, self.config, autocast_adapter_dtype=self.dtype == torch.float16
+            )
         self.peft.eval()
         self.layers: dict[str, Any] = {
             name: layer
