@@ -42,6 +42,8 @@ class Database:
         StoreError: no database, of another format, or a folder that cannot be used.
     """
 
+    is_sealed = False  # whether the file holds nothing that can be read
+
     def __init__(self, path: Path | None, *, durable: bool = False, readonly: bool = False) -> None:
         self.path, self.durable, self.readonly = path, durable, readonly
         self._write_lock = threading.RLock()
@@ -54,8 +56,7 @@ class Database:
         self._engine = sqlalchemy.create_engine(
             "sqlite://",
             creator=self._connect,
-            poolclass=StaticPool if path is None else QueuePool,
-            **({} if path is None else {"pool_size": 8, "max_overflow": 56}),
+            **self._pool(),
         )
         event.listen(self._engine, "begin", _begin)
         with self._errors():
@@ -153,6 +154,11 @@ class Database:
 
     # Inside.
 
+    def _pool(self) -> dict[str, Any]:
+        if self.path is None:
+            return {"poolclass": StaticPool}
+        return {"poolclass": QueuePool, "pool_size": 8, "max_overflow": 56}
+
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise StoreError(
@@ -189,6 +195,13 @@ class Database:
                 with self.write() as connection:
                     tables.create_all(connection)
             return
+        if "sealed_head" in other:
+            with self.read() as connection:
+                wanted = connection.exec_driver_sql("SELECT master FROM sealed_head").scalar_one()
+            raise StoreError(
+                f"{self.path}: the store is encrypted; its master key {wanted} wanted, as "
+                "key='file:PATH', 'env:NAME' or 'keyring:SERVICE/NAME'"
+            )
         if other:
             raise StoreError(f"{self.path}: a database of memos wanted, got tables {other[:3]}")
         if self.readonly:
@@ -232,10 +245,19 @@ class Database:
 
 
 def open_database(
-    folder: str | os.PathLike[str] | None, *, durable: bool = False, readonly: bool = False
+    folder: str | os.PathLike[str] | None,
+    *,
+    durable: bool = False,
+    readonly: bool = False,
+    key: Any = None,
 ) -> Database:
-    """The database of a folder, made where it is not there; None: in memory."""
+    """The database of a folder, made where it is not there; None: in memory.
+
+    With a master key, see ``memos.records.keys``, it is encrypted.
+    """
     if folder is None:
+        if key is not None:
+            raise ArgumentError("key: a path wanted with it, nothing is stored without one")
         return Database(None)
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -247,6 +269,12 @@ def open_database(
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{path}: the folder cannot be made ({error.strerror})") from error
+    if key is not None:
+        from memos.records.keys import MasterKey
+        from memos.records.sealed_database import SealedDatabase
+
+        master = MasterKey.of(key)
+        return SealedDatabase(path / "records.sqlite", master, durable=durable, readonly=readonly)
     return Database(path / "records.sqlite", durable=durable, readonly=readonly)
 
 

@@ -272,7 +272,7 @@ class SqliteGraph:
 
     def insert_nodes(self, connection: Connection, nodes: Mapping[int, Mapping[str, Any]]) -> None:
         """Index new nodes: number -> content."""
-        rows = [(self.memory, *fact, seq) for seq, c in nodes.items() for fact in _facts(c)]
+        rows = [(self.memory, *fact, seq) for seq, c in nodes.items() for fact in node_facts(c)]
         if rows:
             connection.exec_driver_sql(sql.INSERT_FACT, rows)
 
@@ -280,7 +280,7 @@ class SqliteGraph:
         self, connection: Connection, seq: int, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> None:
         """Index what an update changed."""
-        before, after = _facts(old), _facts(new)
+        before, after = node_facts(old), node_facts(new)
         for statement, facts in (
             (sql.DELETE_FACT, before - after),
             (sql.INSERT_FACT, after - before),
@@ -324,7 +324,7 @@ class SqliteGraph:
             (self.memory, *fact, seq)
             for seq, content in gone.items()
             if content["type"] == NODE
-            for fact in sorted(_facts(content))
+            for fact in sorted(node_facts(content))
         ]
         if rows:
             connection.exec_driver_sql(sql.DELETE_FACT, rows)
@@ -405,7 +405,8 @@ def count(connection: Connection, table: Table, memory: int) -> int:
     return int(connection.execute(rows).scalar_one())
 
 
-def _facts(content: Mapping[str, Any]) -> set[tuple[str, int, int | float, str]]:
+def node_facts(content: Mapping[str, Any]) -> set[tuple[str, int, int | float, str]]:
+    """(key, type, number, string) of every label and property of a node, and that it is one."""
     labels = {("", sql.LABEL, 0, label) for label in labels_of(content)}
     return {("", sql.ANY, 0, ""), *labels, *facts_of(content["properties"])}
 

@@ -71,8 +71,9 @@ class Records:
         *,
         durable: bool = False,
         readonly: bool = False,
+        key: Any = None,
     ) -> None:
-        self.database = open_database(path, durable=durable, readonly=readonly)
+        self.database = open_database(path, durable=durable, readonly=readonly, key=key)
         self.uses = Uses(self.database)
         self.folder = None if path is None else Path(path)
         self.readonly = readonly
