@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memos.records.store import Records
     from memos.records.writes import Change, New
 
+KEPT = "_kept"  # of an item: New, text and content as they are stored, and the version's parents
 _BATCH = 1000  # cubes of one transaction of add_many
 # Metadata that names the conversation or document whose cubes follow one another.
 _THREAD_KEYS = ("thread", "thread_id", "conversation_id", "conversation", "session_id", "session")
@@ -165,18 +166,22 @@ class DeclarativeMemory:
 
         Raises NotFoundError, ArgumentError.
         """
+        from memos.records.scope import Scope
         from memos.records.writes import Change
 
         now, scope = self._clock(), self.scope()
-        change = Change(author=author, source=source, acl=acl)
+        change = Change(author=_author(author), source=source, acl=_acl(acl))
         change.importance = None if importance is None else _importance(importance)
         change.expires_at = _expiry(ttl_s, now)
         if content is not None:
             self._embed_ahead(content, change)
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, scope)
+            scope.check_cube(connection, "write", seq, memory_id)
+            if acl is not None:
+                scope.check_cube(connection, "admin", seq, memory_id)
             self.wake(connection, [seq], now)
-            old = self.table.one(connection, seq, scope)
+            old = self.table.one(connection, seq, Scope({}, now))
             if metadata is not None:
                 change.metadata = {**old.metadata, **_metadata(metadata)}
             if content is not None:
@@ -185,19 +190,22 @@ class DeclarativeMemory:
             if content is not None:
                 self.records.outdate(connection, [seq], now)
             self._after_update(connection, seq, old, change)
-            return self.table.one(connection, seq, scope)
+            return self._written(connection, seq, scope)
 
     def delete(self, memory_id: str, *, author: str | None = None) -> None:
         """State DELETED: no query finds it any more, its history stays. Raises NotFoundError."""
         with self.records.database.write() as connection:
-            seq = self.table.seq(connection, memory_id, self.scope())
+            scope = self.scope()
+            seq = self.table.seq(connection, memory_id, scope)
             gone = self._with_dependents(connection, seq)
-            self._delete(connection, gone, self._clock(), author)
+            for one in gone:
+                scope.check_cube(connection, "write", one, memory_id)
+            self._delete(connection, gone, scope.now, _author(author))
 
     def history(self, memory_id: str) -> list[Version]:
         """Every version, oldest first. Raises NotFoundError."""
         with self.records.database.read() as connection:
-            return self.table.history(connection, memory_id)
+            return self.table.history(connection, memory_id, self.scope())
 
     def cubes(
         self, limit: int | None = 100, *, filters: Mapping[str, Any] | None = None
@@ -228,14 +236,17 @@ class DeclarativeMemory:
         edge = _relation({"type": type, "target": target, "weight": weight})
         edge.properties.update(_metadata(properties))
         with self.records.database.write() as connection:
-            seq = self.table.seq(connection, memory_id, self.scope())
+            scope = self.scope()
+            seq = self.table.seq(connection, memory_id, scope)
+            scope.check_cube(connection, "write", seq, memory_id)
             self.wake(connection, [seq], self._clock())
             other = self._other(connection, edge.target)
-            change = Change(author=author)
+            change = Change(author=_author(author))
             self.table.relate(connection, seq, other, edge, change, self._clock())
 
     def expire(self) -> int:
-        """Delete what has outlived its time, and what goes with it; returns how many."""
+        """Delete what has outlived its time, and what goes with it; returns how many of them the
+        caller could see."""
         now = self._clock()
         with self.records.database.read() as connection:
             if not self.table.expired(connection, now):
@@ -246,8 +257,9 @@ class DeclarativeMemory:
                 gone = self._with_dependents(connection, seq)
                 if not self.table.life.frozen(connection, gone):  # what is frozen stays, as it is
                     seqs.update(dict.fromkeys(gone))
+            seen = self.scope().readable_among(connection, list(seqs))
             self._delete(connection, list(seqs), now, "ttl", trigger="ttl")
-        return len(seqs)
+        return len(seen)
 
     def wake(self, connection: Connection, seqs: Sequence[int], at: float) -> None:
         """Bring back those of these cubes that are archived, and what they hang on."""
@@ -308,12 +320,23 @@ class DeclarativeMemory:
 
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         """Put new content into an update."""
-        change.text, change.content = self._read(content)
         change.clear_vector = True
 
     def _embed_ahead(self, content: Any, change: Change) -> None:
         """Before the transaction of an update: what takes long."""
-        change.vector, change.tokens = self.embedded.encode([self._read(content)[0]])[0]
+        change.text, change.content = self._read(content)
+        change.vector, change.tokens = self.embedded.encode([change.text])[0]
+
+    def _restore(
+        self, connection: Connection, old: MemCube, text: str, content: Any, change: Change
+    ) -> None:
+        """Put text and content, as they were stored once, into an update."""
+        change.text, change.content = text, content
+        change.vector, change.tokens = self.embedded.encode([text])[0]
+        change.clear_vector = True
+
+    def _after_copy(self, connection: Connection, seqs: Mapping[str, int], rows: Any) -> None:
+        """Inside the transaction that copied rows into this memory: what stands beside them."""
 
     def _after_update(
         self, connection: Connection, seq: int, old: MemCube, change: Change
@@ -329,6 +352,9 @@ class DeclarativeMemory:
         """Cubes that come back when these do."""
         return []
 
+    def left(self, connection: Connection, seqs: Sequence[int]) -> None:
+        """Inside the transaction that archives cubes: give their places in fast tiers back."""
+
     def in_use(self) -> set[str]:
         """Ids of cubes that nothing may archive now."""
         return set()
@@ -343,26 +369,34 @@ class DeclarativeMemory:
         self.records.outdate(connection, seqs, at)
         self._after_delete(connection, seqs)
 
+    def now(self) -> float:
+        """Seconds since 1970, by this memory's clock."""
+        return self._clock()
+
     def scope(self, filters: Mapping[str, Any] | None = None) -> Scope:
         """What a call with these filters may see now."""
-        from memos.records.scope import Scope
+        from memos.records.scope import Scope, acting
 
-        return Scope({} if filters is None else filters, self._clock())
+        given = {} if filters is None else filters
+        return Scope(given, self._clock(), rights=acting.get())
 
     def _store(self, items: Sequence[Mapping[str, Any]], names: dict[str, int]) -> list[MemCube]:
         """Store cubes in one transaction, which also reads them."""
-        from memos.records.scope import Scope
-
-        now = self._clock()
+        scope = self.scope()
+        now = scope.now
         news = [self._new(item, now) for item in items]
         self._prepare(news, items)
         with self.records.database.write() as connection:
+            if any(item.get("parent_id") is None for item in items):
+                scope.check_memory(connection, "write", self.name)
             self._check_ids(connection, [i["id"] for i in items if i.get("id") is not None])
             self._place_all(connection, news, items, names)
             for new, item in zip(news, items, strict=True):
                 edges = [_relation(edge) for edge in item.get("relations") or ()]
                 new.relations = [(self._other(connection, e.target), e) for e in edges]
             known = self._duplicates(connection, news)
+            if any(KEPT in item for item in items):
+                known = [None] * len(news)  # each of them is the one that another memory has
             self.wake(connection, [seq for seq in known if seq], now)
             if self.on_duplicate == "error" and any(seq is not None for seq in known):
                 i = next(i for i, seq in enumerate(known) if seq is not None)
@@ -386,15 +420,27 @@ class DeclarativeMemory:
             }
             others = [seq for seq in found if seq not in cubes]
             if others:
-                cubes |= self.table.load(connection, others, Scope({}, now))
-            return [cubes[seq] for seq in found]
+                cubes |= self.table.load(connection, others, scope)
+            return [
+                cubes[seq] if seq in cubes else self._written(connection, seq, scope)
+                for seq in found
+            ]
+
+    def _written(self, connection: Connection, seq: int, scope: Scope) -> MemCube:
+        """A cube as its writer sees it, who may have no right to read it."""
+        from dataclasses import replace
+
+        found = self.table.load(connection, [seq], replace(scope, archived=True))
+        if seq in found:
+            return found[seq]
+        return self.table.cube(next(self.table.rows(connection, [seq])))
 
     def _duplicates(self, connection: Connection, news: Sequence[New]) -> list[int | None]:
         """For each new cube the living one that it repeats, 0 for one of this batch, or None."""
         if self.on_duplicate == "keep":
             return [None] * len(news)
         digests = [new.digest for new in news]
-        stored = self.table.duplicates(connection, digests, news[0].at if news else 0.0)
+        stored = self.table.duplicates(connection, digests, self.scope())
         seen: set[bytes] = set()
         found: list[int | None] = []
         for digest in digests:
@@ -409,11 +455,12 @@ class DeclarativeMemory:
         unknown = set(item) - _ITEM_KEYS
         if unknown or "content" not in item:
             raise ArgumentError(
-                f"item: content and of {', '.join(sorted(_ITEM_KEYS - {'content'}))} wanted, got "
+                f"item: content and of {', '.join(sorted(_ITEM_KEYS - {'content', KEPT}))} wanted, got "
                 f"{', '.join(sorted(map(str, item)))}"
             )
         metadata = _metadata(item.get("metadata"))
-        text, content = self._read(item["content"])
+        kept: New | None = item.get(KEPT)
+        text, content = (kept.text, kept.content) if kept else self._read(item["content"])
         importance = item.get("importance")
         given = item.get("id")
         if given is not None and (not isinstance(given, str) or not given):
@@ -429,10 +476,12 @@ class DeclarativeMemory:
             thread=_thread(item.get("thread"), metadata),
             source=_name("source", item.get("source"), metadata),
             creator=_name("creator", item.get("creator"), metadata),
-            author=_name("creator", item.get("creator"), metadata),
+            author=_author(_name("creator", item.get("creator"), metadata)),
             derived_from=_names(item.get("derived_from") or ()),
-            acl=item.get("acl"),
+            acl=_acl(item.get("acl")),
             expires_at=_expiry(item.get("ttl_s"), now),
+            parents=kept.parents if kept else None,
+            edges=kept.edges if kept else (),
         )
 
     def _check_ids(self, connection: Connection, ids: Sequence[str]) -> None:
@@ -443,7 +492,9 @@ class DeclarativeMemory:
 
     def _other(self, connection: Connection, id: str) -> int:
         """Number of a cube of any memory. An id of this memory comes first."""
-        found = self.records.locate(connection, id)
+        located = self.records.locate(connection, id)
+        readable = self.scope().readable_among(connection, [seq for seq, _ in located])
+        found = [(seq, name) for seq, name in located if seq in readable]
         mine = [seq for seq, name in found if name == self.name]
         if mine or len(found) == 1:
             return mine[0] if mine else found[0][0]
@@ -455,7 +506,7 @@ class DeclarativeMemory:
 
 _ITEM_KEYS = {
     *("content", "metadata", "parent_id", "relations", "importance", "ttl_s", "acl", "id"),
-    *("source", "creator", "derived_from", "thread"),
+    *("source", "creator", "derived_from", "thread", KEPT),
 }
 
 
@@ -470,6 +521,20 @@ def _batches(items: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, A
             batch = []
     if batch:
         yield batch
+
+
+def _author(given: str | None) -> str | None:
+    """Who makes a version: the principal who acts, whatever the caller says."""
+    from memos.records.scope import acting
+
+    actor = acting.get()
+    return given if actor is None else actor.principal
+
+
+def _acl(value: Any) -> Any:
+    from memos.records.rights import checked_acl
+
+    return None if value is None else checked_acl(value)
 
 
 def _metadata(value: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -271,6 +272,23 @@ class GraphMemory(GraphQueries):
         change.vector, change.tokens = self.embedded.encode([change.text])[0]
         change.clear_vector = True
 
+    def _restore(
+        self, connection: Connection, old: MemCube, text: str, content: Any, change: Change
+    ) -> None:
+        self._change(connection, old, content, change)
+
+    def _after_copy(self, connection: Connection, seqs: Mapping[str, int], rows: Any) -> None:
+        contents = {row.seq: json.loads(row.content) for row in rows}
+        nodes = {seq: content for seq, content in contents.items() if content["type"] == NODE}
+        edges = {
+            seq: (seqs[content["source_id"]], seqs[content["target_id"]], content)
+            for seq, content in contents.items()
+            if seq not in nodes
+        }
+        self._graph.insert_nodes(connection, nodes)
+        self._graph.insert_relationships(connection, edges)
+        self._tell(connection, {row.seq: row.seq in nodes for row in rows})
+
     def _after_update(self, connection: Connection, seq: int, old: MemCube, change: Change) -> None:
         if change.content is None:
             return
@@ -323,9 +341,12 @@ class GraphMemory(GraphQueries):
         self, connection: Connection, seq: int, changed: Mapping[str, Any]
     ) -> dict[int, str]:
         """Texts of the relationships at a node; ``changed``: contents by id, not stored yet."""
+        from memos.records.scope import as_owner
+
         edges = self._graph.stored(connection, self._graph.touching(connection, seq))
         ids = {edge[end] for edge in edges.values() for end in ("source_id", "target_id")}
-        ends = self._graph.ends(connection, sorted(ids), self.scope())
+        with as_owner():  # what is stored does not depend on who stores it
+            ends = self._graph.ends(connection, sorted(ids), self.scope())
         ends |= {id: (0, content) for id, content in changed.items()}
         return {edge: _text(content, ends) for edge, content in edges.items()}
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memos.cube import MemCube
     from memos.memories.declarative import DeclarativeMemory
     from memos.records.cubes import CubeTable
+    from memos.records.rights_seen import Readable
     from memos.records.scope import Scope
 
 
@@ -53,11 +54,17 @@ class MemorySource:
     def __init__(self, memory: DeclarativeMemory) -> None:
         self.memory = memory
         self.name, self.kind = memory.name, memory.kind
+        self._rights = memory.scope().rights  # of who asks
 
     @property
-    def owner(self) -> DeclarativeMemory:
-        """What is known of units between queries hangs on this."""
-        return self.memory
+    def owner(self) -> object:
+        """What is known of units between queries hangs on this: of a principal's view its own."""
+        if self._rights is None:
+            return self.memory
+        with self._read() as connection:
+            view = self._view(connection)
+            assert view is not None
+            return view.token
 
     def search_text(
         self, text: str, limit: int, scope: Scope, *, every_word: bool = False
@@ -65,8 +72,9 @@ class MemorySource:
         """seq [n] int64 and BM25 [n] float64 of units with words of the text, best first."""
         with self._read() as connection:
             allowed = scope.allowed(connection, self._table.memory)
+            view = scope.readable(connection, self._table.memory)
             found = self._table.fulltext.search(
-                connection, text, limit, allowed, every_word=every_word
+                connection, text, limit, allowed, every_word=every_word, readable=view
             )
             if not scope.archived:
                 return found
@@ -118,7 +126,7 @@ class MemorySource:
         if search is None:
             return 0.0, 1.0
         with self._read() as connection:
-            return search.background(connection, vector)
+            return search.background(connection, vector, self._view(connection))
 
     def changes(self, since: int) -> tuple[int, list[int] | None]:
         """(number of the last change, units changed after ``since``; None: too many)."""
@@ -169,19 +177,30 @@ class MemorySource:
         from memos.records.links import edges_of
 
         with self._read() as connection:
-            return edges_of(connection, list(seqs))
+            return edges_of(connection, list(seqs), self._scope())
 
     def named_values(self, words: Sequence[str]) -> list[tuple[str, str]]:
         """(key, value) of the different metadata strings that begin with one of the words."""
         from memos.records.filters import values_beginning
 
         with self._read() as connection:
-            return values_beginning(connection, self._table.memory, words)
+            view = self._view(connection)
+            is_readable = None if view is None or view.is_all else view.has_any
+            return values_beginning(connection, self._table.memory, words, is_readable=is_readable)
 
     def document_frequencies(self, words: Sequence[str]) -> dict[str, int]:
         """In how many units each word occurs, in any form with the same stem."""
-        from memos.records.fulltext import stems_of
+        from memos.records.fulltext import stems_of, tokens_of
 
+        if self._rights is not None:
+            from memos.records.rights_text import ReadableText
+
+            tokens = tokens_of(tuple(words))
+            with self._read() as connection:
+                view = self._view(connection)
+                assert view is not None
+                text = ReadableText(connection, self._table.fulltext, view, tokens)
+                return {word: text.document_frequency(word) for word in words}
         stems = stems_of(tuple(words))
         with self._read() as connection:
             total = self._table.fulltext.rows(connection)
@@ -191,7 +210,8 @@ class MemorySource:
     def count(self) -> int:
         """About how many units there are."""
         with self._read() as connection:
-            return self._table.fulltext.rows(connection)
+            view = self._view(connection)
+            return self._table.fulltext.rows(connection) if view is None else view.documents
 
     def cubes(self, seqs: Sequence[int], scope: Scope) -> dict[int, MemCube]:
         """The cubes that may be seen, whole."""
@@ -201,6 +221,15 @@ class MemorySource:
     @property
     def _table(self) -> CubeTable:
         return self.memory.table
+
+    def _scope(self) -> Scope:
+        from memos.records.scope import Scope
+
+        return Scope(rights=self._rights)
+
+    def _view(self, connection: Connection) -> Readable | None:
+        """What the principal may read; None: the owner asks."""
+        return self._scope().readable(connection, self._table.memory)
 
     def _read(self) -> AbstractContextManager[Connection]:
         return self.memory.records.database.read()

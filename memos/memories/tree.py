@@ -13,6 +13,7 @@ from memos.cube import MemCube
 from memos.cube.identity import digest, new_id
 from memos.errors import ArgumentError, NotFoundError
 from memos.memories import documents
+from memos.memories.declarative import _author
 from memos.memories.tree_queries import TreeQueries
 
 if TYPE_CHECKING:
@@ -67,9 +68,12 @@ class TreeTextMemory(TreeQueries):
         now, scope = self._clock(), self.scope()
         with self.records.database.write() as connection:
             seq = self.table.seq(connection, memory_id, scope)
+            scope.check_cube(connection, "write", seq, memory_id)
             self.wake(connection, [seq], now)
             parent = None
-            if new_parent_id is not None:
+            if new_parent_id is None:
+                scope.check_memory(connection, "write", self.name)
+            else:
                 parent = self._parent(connection, "new_parent_id", new_parent_id, scope)
                 self.wake(connection, [parent], now)
                 if parent == seq or seq in ancestors_of(connection, [parent])[parent]:
@@ -81,10 +85,10 @@ class TreeTextMemory(TreeQueries):
             thread = memory_id if place is None else place.thread
             _, position = self.records.database.allocate(connection, 1)
             change = Change(move=True, parent=parent, position=position, thread=thread)
-            change.author = author
+            change.author = _author(author)
             self.table.update(connection, seq, change, now)
             self._hand_down(connection, seq)
-            return self.table.one(connection, seq, scope)
+            return self._written(connection, seq, scope)
 
     # Documents.
 
@@ -211,14 +215,14 @@ class TreeTextMemory(TreeQueries):
         from memos.records.trees import next_seq
 
         first = following = next_seq(connection)
-        now = news[0].at if news else 0.0
+        scope = self.scope()
         keep = self.on_duplicate == "keep"
         outside = [new.parent for new in news if new.parent is not None and new.parent > 0]
         places = self._places(connection, list(dict.fromkeys(outside)))
         stored = {}
         if not keep:
             digests = [new.digest for new in news if new.parent is None or new.parent > 0]
-            stored = self.table.duplicates(connection, digests, now)
+            stored = self.table.duplicates(connection, digests, scope)
         known: list[int | None] = []
         seqs: list[int] = []
         seen: dict[bytes, int] = {}
@@ -229,7 +233,7 @@ class TreeTextMemory(TreeQueries):
             name = b"" if keep else new.digest
             again = stored.get(name)
             if not keep and not looked_up and new.parent is not None and new.parent < first:
-                again = self.table.duplicates(connection, [name], now).get(name)
+                again = self.table.duplicates(connection, [name], scope).get(name)
             if again is None and name in seen:
                 seqs.append(seen[name])
                 known.append(0)
@@ -282,6 +286,7 @@ class TreeTextMemory(TreeQueries):
             found = next(iter(alive), None)
         if found is None:
             raise NotFoundError(f"{what}: memory {self.name!r} has no cube {id!r}")
+        scope.check_cube(connection, "write", found, id)
         return found
 
     def _places(self, connection: Connection, seqs: Sequence[int]) -> dict[int, _Place]:
@@ -343,7 +348,7 @@ class TreeTextMemory(TreeQueries):
         with self.records.database.read() as connection:
             if item["parent_id"] is not None:
                 new.parent = self._parent(connection, "parent_id", item["parent_id"], scope)
-            again = self.table.duplicates(connection, [new.digest], now).get(new.digest)
+            again = self.table.duplicates(connection, [new.digest], scope).get(new.digest)
             if again is None:
                 return None
             if self.on_duplicate == "error":

@@ -108,6 +108,8 @@ class TreeQueries(DeclarativeMemory):
         ids = [hit.id for hit in hits if hit.memory == self.name]
         with self.records.database.read() as connection:
             seqs = self.table.ids(connection, ids)
+            readable = scope.readable_among(connection, list(seqs.values()))
+            seqs = {id: seq for id, seq in seqs.items() if seq in readable}
             found = self.relatives_of(
                 connection,
                 list(seqs.values()),
@@ -154,19 +156,30 @@ class TreeQueries(DeclarativeMemory):
             parents = {row.seq: row.parent for row in self.table.rows(connection, seqs)}
             beside = children_of(connection, [seq for seq in parents.values() if seq is not None])
             for seq, parent in parents.items():
-                others = [other for other in beside.get(parent, ()) if other != seq]
-                wanted[seq]["siblings"] = others[:limit]
+                wanted[seq]["siblings"] = [one for one in beside.get(parent, ()) if one != seq]
         if descendants:
             for seq, below in descendants_of(connection, seqs).items():
-                wanted[seq]["descendants"] = [other for other, _ in below[:limit]]
+                wanted[seq]["descendants"] = [other for other, _ in below]
         everything = {seq for lists in wanted.values() for found in lists.values() for seq in found}
-        cubes = self.table.load(connection, sorted(everything), scope)
+        if scope.rights is not None:  # the limit is one of what may be read
+            everything = scope.readable_among(connection, list(everything))
+        chosen = {
+            seq: {
+                name: [other for other in found if other in everything][
+                    : None if name == "ancestors" else limit
+                ]
+                for name, found in lists.items()
+            }
+            for seq, lists in wanted.items()
+        }
+        load = {seq for lists in chosen.values() for found in lists.values() for seq in found}
+        cubes = self.table.load(connection, sorted(load), scope)
         return {
             seq: {
                 name: tuple(cubes[other] for other in found if other in cubes)
                 for name, found in lists.items()
             }
-            for seq, lists in wanted.items()
+            for seq, lists in chosen.items()
         }
 
     def _loaded(self, connection: Connection, seqs: Iterable[int], scope: Scope) -> list[MemCube]:

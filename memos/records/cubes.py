@@ -35,7 +35,7 @@ from memos.records.life_schema import cold
 from memos.records.links import chunks, relate, relations_of
 from memos.records.schema import CubeRow, cubes, facts, vectors
 from memos.records.scope import DELETED, Scope, lives
-from memos.records.states import CALL, FROZEN, HOT, MERGED
+from memos.records.states import CALL, CREATED, FROZEN, HOT, MERGE, MERGED
 from memos.records.words import context_of
 from memos.records.writes import Change, New, as_json, content_digest, is_whole
 
@@ -198,6 +198,29 @@ class CubeTable:
         for part in chunks(seqs):
             connection.execute(cold.delete().where(cold.c.seq.in_(part)))
 
+    def revive(self, connection: Connection, seq: int, at: float, author: str | None) -> None:
+        """A deleted cube lives again, as its last version says: a new version. A merge does this.
+
+        Its vector is gone: give it content in the same transaction.
+        """
+        number, _ = self.database.allocate(connection)
+        row = self._row(connection, seq)
+        keep(connection, row)
+        self.life.record(connection, [(seq, row.state)], CREATED, MERGE, author, "merge", at)
+        self.fulltext.insert(connection, [(seq, row.text, row.context)])
+        self._change_facts(connection, seq, {}, json.loads(row.metadata))
+        new = {
+            "state": CREATED,
+            "version": row.version + 1,
+            "author": author,
+            "updated_at": at,
+            "expires_at": None,
+            "change": number,
+            "parents": row.version_digest,
+        }
+        new["version_digest"] = digest_of(row, row.parent_id, **new)
+        connection.execute(cubes.update().where(cubes.c.seq == seq).values(new))
+
     # Reading.
 
     def find(self, connection: Connection, id: str, scope: Scope) -> int | None:
@@ -219,9 +242,14 @@ class CubeTable:
         wanted = list(seqs)
         rows = list(self.rows(connection, wanted, scope))
         edges = relations_of(connection, [row.seq for row in rows], scope)
-        return {
+        found = {
             row.seq: self.cube(row, tuple(edges.get(row.seq, ())), row.parent_id) for row in rows
         }
+        if scope.rights is None:
+            return found
+        from memos.records.rights_shown import shown
+
+        return shown(connection, scope.rights, self.name, found)
 
     def one(self, connection: Connection, seq: int, scope: Scope) -> MemCube:
         """The cube with this number, which was just found. Raises StoreError."""
@@ -271,17 +299,20 @@ class CubeTable:
         return [int(row[0]) for row in connection.execute(statement.limit(limit))]
 
     def duplicates(
-        self, connection: Connection, digests: Sequence[bytes], now: float
+        self, connection: Connection, digests: Sequence[bytes], scope: Scope
     ) -> dict[bytes, int]:
-        """The oldest cube of each digest that lives at this time."""
-        found: dict[bytes, int] = {}
+        """The oldest cube of each digest that lives and may be read; filters aside."""
+        found: list[tuple[bytes, int]] = []
         for part in chunks(digests):
             marks = ", ".join("?" * len(part))
             rows = connection.exec_driver_sql(
-                _DUPLICATES.replace(":digests", marks), (self.memory, now, *part)
+                _DUPLICATES.replace(":digests", marks), (self.memory, scope.now, *part)
             )
-            found.update({row[0]: int(row[1]) for row in rows})
-        return found
+            found += [(row[0], int(row[1])) for row in rows]
+        if found and scope.rights is not None:
+            readable = scope.readable_among(connection, [seq for _, seq in found])
+            found = [(digest, seq) for digest, seq in found if seq in readable]
+        return dict(found)
 
     def ids(self, connection: Connection, ids: Sequence[str]) -> dict[str, int]:
         """Which of these ids were ever used."""
@@ -295,20 +326,40 @@ class CubeTable:
             found.update({row[0]: int(row[1]) for row in rows})
         return found
 
-    def history(self, connection: Connection, id: str) -> list[Version]:
-        """Every version, oldest first, also of a deleted cube. Raises NotFoundError."""
+    def all_ids(self, connection: Connection) -> dict[str, int]:
+        """id -> number of every cube there ever was, by age; what was purged is not there."""
+        rows = connection.execute(
+            select(cubes.c.id, cubes.c.seq)
+            .where(cubes.c.memory == self.memory)
+            .order_by(cubes.c.seq)
+        )
+        return {row[0]: int(row[1]) for row in rows}
+
+    def history(self, connection: Connection, id: str, scope: Scope) -> list[Version]:
+        """Every version that may be read, oldest first, also of a deleted cube.
+
+        Raises NotFoundError.
+        """
         seq = self.ids(connection, [id]).get(id)
-        if seq is None:
+        if seq is None or not scope.readable_among(connection, [seq]):
             raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
-        old = [self._version(row, row.at) for row in kept(connection, [seq])]
         row = self._row(connection, seq)
-        return [*old, self._version(row, row.updated_at)]
+        found = [(self._version(old, old.at), old.edges) for old in kept(connection, [seq])]
+        found.append((self._version(row, row.updated_at), row.edges))
+        if scope.rights is None:
+            return [version for version, _ in found]
+        from memos.records.rights_shown import shown_versions
+
+        return shown_versions(connection, scope.rights, self.memory, self.name, found)
 
     def stats(self, connection: Connection, scope: Scope) -> dict[str, int]:
-        """cubes: how many may be seen; vectors: how many of the memory's have one."""
+        """cubes: how many may be seen; vectors: how many of them, or of the memory's, have one."""
         count = select(func.count()).select_from(cubes).where(scope.clause(self.memory))
         have = select(func.count()).select_from(vectors)
         have = have.where(vectors.c.memory == self.memory, vectors.c.data.is_not(None))
+        if scope.rights is not None:
+            have = have.join(cubes, cubes.c.seq == vectors.c.seq)
+            have = have.where(scope.clause(self.memory))
         return {
             "cubes": connection.execute(count).scalar_one(),
             "vectors": connection.execute(have).scalar_one(),
@@ -424,7 +475,7 @@ class CubeTable:
         content, metadata = new.json
         derived = canonical(list(new.derived_from)) if new.derived_from else None
         acl = as_json(new.acl)
-        edges = None
+        edges = edges_json(new.edges)
         if new.relations:
             unique: dict[Any, Edge] = {}
             for other, edge in new.relations:
@@ -455,7 +506,7 @@ class CubeTable:
             new.expires_at,
             new.digest,
             edges,
-            None,
+            new.parents,
             version_digest(
                 new.id,
                 new.kind,
@@ -472,20 +523,21 @@ class CubeTable:
                 new.source,
                 new.at,
                 False,
-                None,
+                new.parents,
             ),
             change,
         )
 
 
-def _insert(table: Any, columns: Sequence[str], verb: str = "INSERT") -> str:
+def insert_into(table: Any, columns: Sequence[str], verb: str = "INSERT") -> str:
+    """SQL that writes rows given by place."""
     marks = ", ".join("?" * len(columns))
     return f"{verb} INTO {table.name} ({', '.join(columns)}) VALUES ({marks})"
 
 
-_INSERT_CUBES = _insert(cubes, CubeRow._fields)
-_INSERT_FACTS = _insert(facts, [c.name for c in facts.columns])
-_INSERT_VECTORS = _insert(vectors, [c.name for c in vectors.columns], "INSERT OR REPLACE")
+_INSERT_CUBES = insert_into(cubes, CubeRow._fields)
+_INSERT_FACTS = insert_into(facts, [c.name for c in facts.columns])
+_INSERT_VECTORS = insert_into(vectors, [c.name for c in vectors.columns], "INSERT OR REPLACE")
 _DELETE_FACTS = (
     "DELETE FROM facts WHERE memory = ? AND key = ? AND type = ? AND number = ? AND string = ? "
     "AND seq = ?"

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import (
@@ -81,26 +81,40 @@ def facts_of(metadata: Mapping[str, Any]) -> set[tuple[str, int, int | float, st
 
 
 def values_beginning(
-    connection: Connection, memory: int, words: Iterable[str], limit: int = 16
+    connection: Connection,
+    memory: int,
+    words: Iterable[str],
+    limit: int = 16,
+    is_readable: Callable[[Iterable[int]], bool] | None = None,
 ) -> list[tuple[str, str]]:
     """(key, value) of the different strings in the metadata that begin with one of the words.
 
     Words are tried as they are, in lower case and with a capital letter. Cost: one index lookup
     for each value found and each word, whatever the number of cubes.
+
+    Args:
+        is_readable: whether one of these cubes, which have a value, may be read; None: all.
     """
     # Asked a dozen times for every query: SQLAlchemy takes six times as long as the lookup.
     look_up = connection.connection.cursor().execute
     found: dict[tuple[str, str], None] = {}
     for word in words:
         for prefix in dict.fromkeys((word, word.lower(), word[:1].upper() + word[1:])):
-            last = ("", "")
-            for _ in range(limit):
+            last, left = ("", ""), limit
+            for _ in range(limit if is_readable is None else _MOST_VALUES):
                 at = (memory, STRING, prefix, last[1], last[0])
                 row = look_up(_NEXT_VALUE, at).fetchone()
                 if row is None or not row[1].startswith(prefix):
                     break
                 last = (row[0], row[1])
+                if is_readable is not None:
+                    have = look_up(_WHO_HAS, (memory, STRING, row[1], row[0]))
+                    if not is_readable(one[0] for one in have):
+                        continue
                 found[last] = None
+                left -= 1
+                if not left:
+                    break
     return list(found)
 
 
@@ -108,6 +122,8 @@ _NEXT_VALUE = (
     "SELECT key, string FROM facts WHERE memory = ? AND type = ? AND string >= ? "
     "AND (string, key) > (?, ?) ORDER BY string, key LIMIT 1"
 )
+_WHO_HAS = "SELECT seq FROM facts WHERE memory = ? AND type = ? AND string = ? AND key = ?"
+_MOST_VALUES = 256  # looked at, of which a principal may see some
 
 
 def _scalars(path: str, value: Any) -> Iterator[tuple[str, int, int | float, str]]:

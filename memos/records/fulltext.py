@@ -7,7 +7,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from sqlalchemy import (
@@ -22,6 +22,9 @@ from sqlalchemy import (
 
 from memos.records.life_schema import cold
 from memos.records.schema import cubes, store
+
+if TYPE_CHECKING:
+    from memos.records.rights_seen import Readable
 
 Array = numpy.ndarray[Any, Any]
 TOKENIZER = "porter unicode61 remove_diacritics 2"
@@ -109,6 +112,7 @@ class FullText:
         allowed: Array | None = None,
         *,
         every_word: bool = False,
+        readable: Readable | None = None,
     ) -> tuple[Array, Array]:
         """Cubes with words of the query, best first.
 
@@ -116,6 +120,7 @@ class FullText:
             query:      any text: its words are looked up, nothing in it is syntax.
             allowed:    [n] int64, ascending: only these cubes count; None: all.
             every_word: only cubes that have all of them.
+            readable:   what a principal may read: it is as if there were nothing else.
 
         Returns:
             seq [n] int64, BM25 [n] float64, higher is better.
@@ -124,6 +129,11 @@ class FullText:
         none = numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float64)
         if not words or limit < 1 or (allowed is not None and not len(allowed)):
             return none
+        if readable is not None:
+            from memos.records.rights_text import ReadableText
+
+            view = ReadableText(connection, self, readable, tokens_of(tuple(words)))
+            return view.search(words, limit, allowed, every_word, _ENOUGH)
         chosen = self.chosen(connection, words, every_word)
         seqs, ranks = none
         if chosen:
@@ -264,17 +274,22 @@ def words_of(query: str) -> list[str]:
     return list(dict.fromkeys(word.replace("_", " ") for word in _WORD.findall(lower)))
 
 
-@lru_cache(maxsize=2048)
 def stems_of(words: tuple[str, ...]) -> Mapping[str, str]:
     """Word -> stem, as SQLite's tokenizer makes it; a word of several tokens: its last one."""
-    found: dict[str, str] = {}
+    return {word: tokens[-1] for word, tokens in tokens_of(words).items()}
+
+
+@lru_cache(maxsize=2048)
+def tokens_of(words: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
+    """Word -> the tokens that SQLite's tokenizer makes of it, in order."""
+    found: dict[str, list[str]] = {}
     with _stemmer_lock:
         connection = _stemmer()
         connection.executemany(
             "INSERT INTO words(rowid, word) VALUES (?, ?)", list(enumerate(words))
         )
         for doc, term in connection.execute("SELECT doc, term FROM stems ORDER BY doc, offset"):
-            found[words[doc]] = term
+            found.setdefault(words[doc], []).append(term)
         connection.execute("DELETE FROM words")
     return found
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, and_, bindparam, or_, select
+from sqlalchemy import Connection, and_, bindparam, or_, select, true
 
 from memos.cube import Relation
 from memos.cube.identity import canonical
 from memos.records.schema import cubes, relations
 from memos.records.scope import DELETED, Scope
 from memos.records.states import FROZEN
+
+if TYPE_CHECKING:
+    from memos.records.rights import Actor
 
 LEARNT_FROM = "learnt_from"  # from what was trained on a cube to that cube
 _CHUNK = 500  # rows looked up in one statement
@@ -54,12 +57,25 @@ def relate(
     connection.execute(relations.insert(), row)
 
 
+def unrelate(connection: Connection, source: int, type: str, target: int) -> None:
+    """Take away an edge between two cubes; relationships that are cubes stay."""
+    edge = relations.c
+    connection.execute(
+        relations.delete().where(
+            edge.source == source, edge.type == type, edge.target == target, edge.cube.is_(None)
+        )
+    )
+
+
 def relations_of(
     connection: Connection, seqs: Sequence[int], scope: Scope
 ) -> dict[int, list[Relation]]:
-    """Edges between these cubes and living ones, both ways; relationships that are cubes aside."""
+    """Edges between these cubes and living ones that may be seen, of any memory, both ways;
+    relationships that are cubes aside."""
     found: dict[int, list[Relation]] = {}
     for outgoing, statement in _RELATIONS.items():
+        if scope.rights is not None:
+            statement = scope.rights.restrict(statement)
         for part in chunks(seqs):
             for row in connection.execute(statement, {"seqs": part, "now": scope.now}):
                 one = Relation(row[1], row[2], json.loads(row[3]), row[4], outgoing)
@@ -88,14 +104,25 @@ _RELATIONS = {
 }
 
 
-def edges_of(connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, int, float]]:
-    """(source, type, target, weight) of every edge at one of these cubes."""
-    found: dict[int, tuple[int, str, int, float]] = {}
+def edges_of(
+    connection: Connection, seqs: Sequence[int], scope: Scope | None = None
+) -> list[tuple[int, str, int, float]]:
+    """(source, type, target, weight) of every edge at one of these cubes.
+
+    Args:
+        scope: whose rights count: at both ends, and for a relationship that is a cube.
+    """
+    found: dict[int, Any] = {}
     for statement in _EDGES:
         for part in chunks(seqs):
             for row in connection.execute(statement, {"seqs": part}):
-                found[row.id] = (row.source, row.type, row.target, row.weight)
-    return [found[id] for id in sorted(found)]
+                found[row.id] = row
+    if scope is not None and scope.rights is not None:
+        cubes_of = {id: {row.source, row.target, row.cube} - {None} for id, row in found.items()}
+        readable = scope.readable_among(connection, list(set().union(*cubes_of.values())))
+        found = {id: row for id, row in found.items() if cubes_of[id] <= readable}
+    rows = (found[id] for id in sorted(found))
+    return [(row.source, row.type, row.target, row.weight) for row in rows]
 
 
 _EDGES = [
@@ -135,11 +162,17 @@ _LEARNERS = (
 def neighbours_of(
     connection: Connection, seqs: Sequence[int], scope: Scope, reach: int
 ) -> dict[int, tuple[list[int], list[int]]]:
-    """For each cube the ``reach`` ones before it (nearest first) and after it in its thread.
+    """For each cube the ``reach`` ones before it (nearest first) and after it in its thread that
+    the scope's principal may read.
 
     Cost: 2 * reach index lookups for each cube, in one statement for 500 of them.
     """
-    statement = _neighbours(reach)
+    rights = scope.rights
+    if rights is None:
+        statement = _neighbours(reach)
+    else:
+        made = functools.partial(_make_neighbours, reach, rights)
+        statement = rights.built(("neighbours", reach), made)
     found: dict[int, tuple[list[int], list[int]]] = {}
     for part in chunks(seqs):
         for row in connection.execute(statement, {"seqs": part, "now": scope.now}):
@@ -151,14 +184,20 @@ def neighbours_of(
 
 @functools.lru_cache(maxsize=16)
 def _neighbours(reach: int) -> Any:
+    return _make_neighbours(reach, None)
+
+
+def _make_neighbours(reach: int, rights: Actor | None) -> Any:
     near = cubes.alias("near")
     columns = []
     for back in (True, False):
         for i in range(reach):
-            other = cubes.alias()
+            name = f"{'before' if back else 'after'}{i}"
+            other = cubes.alias(name)
             columns.append(
                 select(other.c.seq)
                 .where(
+                    true() if rights is None else rights.clause(name),
                     other.c.memory == near.c.memory,
                     other.c.thread == near.c.thread,
                     other.c.seq < near.c.seq if back else other.c.seq > near.c.seq,

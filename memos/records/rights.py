@@ -19,7 +19,7 @@ or revokes holds in all others with the next statement.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import (
@@ -258,6 +258,7 @@ class Actor:
             sql = _Sql(are_there(connection))
         self._sql = sql
         self._restricted: dict[int, tuple[Select[Any], Select[Any]]] = {}
+        self._built: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
         return f"Actor({self.principal!r})"
@@ -277,9 +278,11 @@ class Actor:
             self._restricted[id(statement)] = found
         return found[1]
 
-    def raw(self, alias: str = "cubes") -> tuple[str, str]:
-        """As ``clause``: SQL with one ? mark for each time the names stand in it, and the names."""
-        return self._sql.seen(alias), self._names
+    def built(self, key: Any, make: Callable[[], Any]) -> Any:
+        """A statement that ``make`` makes of this actor's clauses; made once."""
+        if key not in self._built:
+            self._built[key] = make()
+        return self._built[key]
 
     def readable(self, connection: Connection, seqs: Iterable[int]) -> set[int]:
         """Which of these cubes, of any memory and in any state, may be read."""
@@ -300,19 +303,26 @@ class Actor:
         statement = self.restrict(_ONE_OF).limit(1)
         return connection.execute(statement, {"memory": number}).first() is not None
 
-    def admits(self, connection: Connection, memory: int, acl: str | None, is_root: bool) -> bool:
-        """Whether a version with this access list may be read by who may read its cube."""
+    def admits(
+        self, connection: Connection, memory: int, acl: Mapping[str, Any] | None, is_root: bool
+    ) -> bool:
+        """Whether a version with this access list may be read by who may read its cube.
+
+        Args:
+            is_root: nothing stood above it.
+        """
+        if acl is None and not is_root:
+            return True
+        bits = self._memory_bits(connection, memory)
+        if bits & ADMIN:
+            return True
+        inherited = not is_root or bool(bits & BITS["read"])
         if acl is None:
-            return True
-        if self._memory_bits(connection, memory) & ADMIN:
-            return True
+            return inherited
         names = self.names(connection)
-        found = json.loads(acl)
-        if any(names & set(_list(found.get(right))) for right in ("read", "admin")):
+        if any(names & set(_list(acl.get(right))) for right in ("read", "admin")):
             return True
-        if found.get("inherit") is not True:
-            return False
-        return not is_root or bool(self._memory_bits(connection, memory) & BITS["read"])
+        return acl.get("inherit") is True and inherited
 
     # What may be done.
 

@@ -8,6 +8,7 @@ what may not be read.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 Array = numpy.ndarray[Any, Any]
 _KEPT_BYTES = 128 << 20  # of all principals of a store
+_AT_ONCE = 64
 _MOST_CHANGES = 20_000  # after more of them everything is read anew
 
 
@@ -41,7 +43,7 @@ class Readable:
     Args:
         change:  number of the transaction that it is as of.
         seqs:    int64 [n], ascending: what may be read and is not deleted.
-        lengths: int32 [n]: words of each in full text; 0 where it is not indexed.
+        lengths: int32 [n]: words of each in full text; -1 where it is not indexed.
         hidden:  int64, ascending: what lives and may not be read.
     """
 
@@ -50,8 +52,8 @@ class Readable:
         self.token = Token()
         self.frequencies: dict[str, tuple[int, int]] = {}  # stem: documents, documents in all
         self.sample: tuple[int, Any] = (0, None)
-        self.documents = int(numpy.count_nonzero(lengths))
-        self.words = int(lengths.sum())
+        self.documents = int(numpy.count_nonzero(lengths >= 0))
+        self.words = int(lengths.sum()) + len(lengths) - self.documents
 
     def __len__(self) -> int:
         return len(self.seqs)
@@ -62,11 +64,19 @@ class Readable:
         return not len(self.hidden)
 
     def lengths_of(self, seqs: Array) -> Array:
-        """Words [n] of these cubes; 0 for one that may not be read."""
+        """Words [n] of these cubes; -1 for one that may not be read."""
         if not len(self.seqs):
-            return numpy.zeros(len(seqs), numpy.int32)
+            return numpy.full(len(seqs), -1, numpy.int32)
         at = numpy.minimum(numpy.searchsorted(self.seqs, seqs), len(self.seqs) - 1)
-        return numpy.where(self.seqs[at] == seqs, self.lengths[at], 0)
+        return numpy.where(self.seqs[at] == seqs, self.lengths[at], -1)
+
+    def has_any(self, seqs: Iterable[int]) -> bool:
+        """Whether one of these cubes may be read: as few of them are looked at as that needs."""
+        rest = iter(seqs)
+        while some := list(itertools.islice(rest, _AT_ONCE)):
+            if _among(numpy.array(some, numpy.int64), self.seqs).any():
+                return True
+        return False
 
     def follow(
         self, change: int, changed: Array, seqs: Array, lengths: Array, hidden: Array
@@ -201,7 +211,7 @@ class _Entry:
 
 
 def lengths_of(connection: Connection, memory: int, seqs: Array, *, is_most: bool = False) -> Array:
-    """Words of these cubes in full text, text and context together, int32 [n]; 0: not indexed.
+    """Words of these cubes in full text, text and context together, int32 [n]; -1: not indexed.
 
     Args:
         is_most: of the memory's: read in passing.
@@ -216,7 +226,7 @@ def lengths_of(connection: Connection, memory: int, seqs: Array, *, is_most: boo
             rows += connection.exec_driver_sql(f"{sizes} WHERE id IN ({marks})", tuple(part))
     ids = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
     sums = numpy.fromiter((_sum_of_varints(row[1]) for row in rows), numpy.int32, len(rows))
-    found = numpy.zeros(len(seqs), numpy.int32)
+    found = numpy.full(len(seqs), -1, numpy.int32)
     if len(seqs) and len(ids):
         at = numpy.minimum(numpy.searchsorted(seqs, ids), len(seqs) - 1)
         here = seqs[at] == ids

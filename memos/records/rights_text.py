@@ -7,7 +7,7 @@ from the words' places in the index, of readable cubes only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -37,7 +37,7 @@ class ReadableText:
         connection: Connection,
         fulltext: FullText,
         readable: Readable,
-        tokens: dict[str, list[str]],
+        tokens: Mapping[str, Sequence[str]],
     ) -> None:
         self._connection, self._fulltext, self._readable = connection, fulltext, readable
         self._tokens = tokens
@@ -130,7 +130,7 @@ class ReadableText:
             else:
                 seqs, counts = self._phrase(tokens)
             seqs, counts = _kept(seqs, counts.astype(numpy.float64), self._readable.seqs)
-            indexed = self._readable.lengths_of(seqs) > 0
+            indexed = self._readable.lengths_of(seqs) >= 0
             self._known[word] = seqs[indexed], counts[indexed]
         return self._known[word]
 

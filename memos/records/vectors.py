@@ -10,7 +10,7 @@ import contextlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 from sqlalchemy import Connection, bindparam, select
@@ -22,6 +22,9 @@ from memos.records.life_schema import cold
 from memos.records.links import chunks
 from memos.records.schema import vectors
 from memos.records.scope import Scope
+
+if TYPE_CHECKING:
+    from memos.records.rights_seen import Readable
 
 _SAVE_FROM = 5000  # vectors; fewer are read from their rows as fast as from a file
 
@@ -124,15 +127,25 @@ class VectorSearch:
             for row in connection.execute(_COLD, {"seqs": part})
         }
 
-    def background(self, connection: Connection, query: Any) -> tuple[float, float]:
+    def background(
+        self, connection: Connection, query: Any, readable: Readable | None = None
+    ) -> tuple[float, float]:
         """Mean and standard deviation of the similarity to 512 cubes from all over the memory.
 
         Which ones is decided again when the memory grew or shrank by a twentieth.
+
+        Args:
+            readable: what a principal may read: only of this; None: of everything.
         """
         index = self.index(connection)
-        size, sample = self._sample
-        if abs(len(index) - size) * 20 > size or not size:
+        size, sample = self._sample if readable is None else readable.sample
+        now = len(index) if readable is None else len(readable)
+        if abs(now - size) * 20 > size or not size:
             keys = index.keys()
+            if readable is not None:
+                from memos.records.rights_seen import intersected
+
+                keys = intersected(keys, readable.seqs)
             if not len(keys):
                 return 0.0, 1.0
             some = numpy.linspace(0, len(keys) - 1, min(512, len(keys))).astype(numpy.int64)
@@ -140,7 +153,10 @@ class VectorSearch:
                 sample = index.get(keys[some])
                 if self.metric == "cosine":
                     sample /= numpy.maximum(numpy.linalg.norm(sample, axis=1, keepdims=True), 1e-9)
-                self._sample = (len(keys), sample)
+                if readable is None:
+                    self._sample = (len(keys), sample)
+                else:
+                    readable.sample = (now, sample)
         wanted = numpy.asarray(query, numpy.float32)
         if self.metric == "l2":
             scores = -numpy.square(sample - wanted).sum(axis=1)
