@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 from memos.records.fulltext import CONTEXT_WEIGHT, TOKENIZER, Array, FullText, stems_of, words_of
 from memos.records.states import COLD
 
+_CUT = 2000  # rows whose words are cut
 _K1, _B, _LEAST = 1.2, 0.75, 1e-6  # as FTS5 has them
 
 
@@ -42,10 +43,12 @@ def search_cold(
     if not words or limit < 1:
         return none
     stems = set(stems_of(tuple(words)).values())
-    likely = re.compile("|".join(rf"\b{re.escape(_beginning(stem))}" for stem in sorted(stems)))
+    beginnings = {_beginning(stem) for stem in stems}
+    likely = re.compile("|".join(rf"\b{re.escape(word)}" for word in sorted(beginnings)[::-1]))
     may = None if allowed is None else set(allowed.tolist())
     total = length = 0
     rows: list[tuple[int, str, str]] = []
+    heads: list[frozenset[str]] = []
     states = ", ".join(f"'{state}'" for state in COLD)
     found = connection.exec_driver_sql(
         "SELECT cubes.seq, cubes.text, cubes.context FROM cold JOIN cubes ON cubes.seq = cold.seq "
@@ -55,19 +58,27 @@ def search_cold(
     for seq, text, context in found:
         total += 1
         length += len(text) + len(context)
-        if (may is None or seq in may) and likely.search(_folded(f"{text} {context}")):
-            rows.append((seq, text, context))
+        if may is None or seq in may:
+            has = frozenset(likely.findall(_folded(f"{text} {context}")))
+            if has:
+                rows.append((seq, text, context))
+                heads.append(has)
     if not rows:
         return none
-    counts, lengths = _cut(rows, stems)
+    seen = Counter(head for has in heads for head in has)
     hot = fulltext.document_frequencies(connection, stems, fulltext.rows(connection))
-    seen = Counter(stem for counted in counts.values() for stem in counted)
     everything = fulltext.rows(connection) + total
     rarity = {
         stem: max(_LEAST, math.log((everything - n + 0.5) / (n + 0.5)))
         for stem in stems
-        for n in [hot.get(stem, 0) + seen[stem]]
+        for n in [hot.get(stem, 0) + seen[_beginning(stem)]]
     }
+    if len(rows) > max(_CUT, limit):  # the best as far as whole words are not looked at
+        worth = {head: math.log((total + 1) / n) for head, n in seen.items()}
+        values = numpy.array([sum(worth[head] for head in has) for has in heads])
+        best_rows = numpy.argsort(-values, kind="stable")[: max(_CUT, limit)]
+        rows = [rows[i] for i in sorted(best_rows.tolist())]
+    counts, lengths = _cut(rows, stems)
     letters = sum(len(text) + len(context) for _, text, context in rows)
     average = max(1.0, sum(lengths.values()) / max(letters, 1) * length / total)
     scores = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, func, select
+from sqlalchemy import Connection, bindparam, func, select
 
 from memos.errors import ArgumentError
 from memos.records import states
@@ -18,9 +18,10 @@ from memos.records.database import Database
 from memos.records.fulltext import FullText
 from memos.records.life_schema import cold, pins, transitions
 from memos.records.links import chunks
-from memos.records.schema import cubes, relations, vectors
-from memos.records.states import COLD, HOT, edge_of
+from memos.records.schema import cubes, vectors
+from memos.records.states import HOT, edge_of, is_edge
 
+_Row = tuple[int, str, str]  # number, id and state of a cube
 _REBUILD = 8  # words of so many cubes are indexed in the time in which those of one are taken out
 
 
@@ -60,11 +61,13 @@ class Life:
         at: float,
         who: str | None = None,
         why: str = "",
+        lenient: bool = False,
     ) -> int:
         """Move cubes to a state; those that are there already stay as they are.
 
         Args:
-            seqs: of this memory, each once.
+            seqs:    of this memory, each once.
+            lenient: what may not move stays, instead of an error.
 
         Returns:
             How many moved.
@@ -77,17 +80,18 @@ class Life:
             out, or the words of those that stay are indexed anew, whatever is less.
         """
         rows = [row for row in self._states(connection, list(seqs)) if row[2] != new]
+        if lenient:
+            rows = [row for row in rows if is_edge(row[2], new, trigger)]
+        while True:
+            plan, refused = self._planned(connection, rows, new, trigger)
+            if not refused:
+                break
+            if not lenient:
+                id, guard = next(iter(refused.values()))
+                raise ArgumentError(f"{self._called(id)}: for {new} wanted: {guard}")
+            rows = [row for row in rows if row[0] not in refused]
         if not rows:
             return 0
-        plan: dict[str, list[int]] = {}
-        for state in {row[2] for row in rows}:
-            some = [row for row in rows if row[2] == state]
-            edge = edge_of(state, new, trigger, self._called(some[0][1]))
-            for guard in edge.guards:
-                refused = GUARDS[guard](connection, self, some, rows)
-                if refused is not None:
-                    raise ArgumentError(f"{self._called(refused)}: for {new} {guard} wanted")
-            plan.setdefault(edge.effect, []).extend(row[0] for row in some)
         change = None
         if set(plan) != {states.STAYS} or trigger != states.USE:
             change, _ = self.database.allocate(connection)
@@ -101,11 +105,30 @@ class Life:
         self.record(connection, [(r[0], r[2]) for r in rows], new, trigger, who, why, at)
         return len(rows)
 
+    def _planned(
+        self, connection: Connection, rows: Sequence[_Row], new: str, trigger: str
+    ) -> tuple[dict[str, list[int]], dict[int, tuple[str, str]]]:
+        """Effect -> numbers; number -> (id, guard that does not hold)."""
+        plan: dict[str, list[int]] = {}
+        refused: dict[int, tuple[str, str]] = {}
+        for state in dict.fromkeys(row[2] for row in rows):
+            some = [row for row in rows if row[2] == state]
+            edge = edge_of(state, new, trigger, self._called(some[0][1]))
+            for guard in edge.guards:
+                for seq, id in GUARDS[guard](connection, self, some, rows).items():
+                    refused.setdefault(seq, (id, guard))
+            plan.setdefault(edge.effect, []).extend(row[0] for row in some)
+        return plan, refused
+
     def wake(self, connection: Connection, seqs: Iterable[int], at: float) -> int:
         """Those of these cubes that are ARCHIVED are used: they become ACTIVATED."""
         rows = self._states(connection, list(dict.fromkeys(seqs)))
         away = [row[0] for row in rows if row[2] == states.ARCHIVED]
         return self.move(connection, away, states.ACTIVATED, trigger=states.USE, at=at)
+
+    def states(self, connection: Connection, seqs: Iterable[int]) -> dict[int, str]:
+        """The state of each of these cubes."""
+        return {row[0]: row[2] for row in self._states(connection, list(seqs))}
 
     def frozen(self, connection: Connection, seqs: Sequence[int]) -> list[int]:
         """Those of these cubes that are FROZEN."""
@@ -199,37 +222,33 @@ class Life:
         return f"memory {self.name!r}, cube {id!r}"
 
     def _states(self, connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, str]]:
-        found: list[tuple[int, str, str]] = []
-        for part in chunks(seqs):
-            marks = ", ".join("?" * len(part))
-            rows = connection.exec_driver_sql(
-                f"SELECT seq, id, state FROM cubes WHERE seq IN ({marks})", tuple(part)
-            )
-            found += [(int(row[0]), row[1], row[2]) for row in rows]
-        return found
+        rows = connection.exec_driver_sql(
+            "SELECT seq, id, state FROM cubes WHERE seq IN (SELECT value FROM json_each(?))",
+            (str(list(seqs)),),
+        )
+        return [(int(row[0]), row[1], row[2]) for row in rows]
 
 
-# Guards: (connection, life, rows that need it, all rows that move) -> id of one that fails.
-
-_Row = tuple[int, str, str]
+# Guards: (connection, life, rows that need it, all rows that move) -> {number: id} that fail.
 
 
-def _unpinned(connection: Connection, life: Life, rows: Sequence[_Row], _: Any) -> str | None:
+def _unpinned(connection: Connection, life: Life, rows: Sequence[_Row], _: Any) -> dict[int, str]:
     held = life.pinned(connection)
-    return next((row[1] for row in rows if row[0] in held), None)
+    return {row[0]: row[1] for row in rows if row[0] in held} if held else {}
 
 
 def _nothing_left(
     connection: Connection, life: Life, rows: Sequence[_Row], moving: Sequence[_Row]
-) -> str | None:
+) -> dict[int, str]:
     ids = {row[0]: row[1] for row in rows}
     going = {row[0] for row in moving}
-    for part in chunks(list(ids)):
-        for statement in (_BELOW, _AT_NODE):
-            for near, far in connection.execute(statement, {"seqs": part}):
-                if near in ids and far not in going:
-                    return ids[near]
-    return None
+    found = {}
+    listed = str(sorted(ids))
+    for statement in (_BELOW, _AT_SOURCE, _AT_TARGET):
+        for near, far in connection.exec_driver_sql(statement, (listed,)):
+            if far not in going:
+                found[near] = ids[near]
+    return found
 
 
 # Effects: (connection, life, seqs, number of the change).
@@ -274,7 +293,8 @@ def _texts(connection: Connection, seqs: Sequence[int]) -> list[tuple[int, str, 
     ]
 
 
-GUARDS: dict[str, Callable[[Connection, Life, Sequence[_Row], Sequence[_Row]], str | None]] = {
+_Guard = Callable[[Connection, Life, Sequence[_Row], Sequence[_Row]], dict[int, str]]
+GUARDS: dict[str, _Guard] = {
     states.UNPINNED: _unpinned,
     states.NOTHING_LEFT: _nothing_left,
 }
@@ -291,24 +311,13 @@ _RECORD = (
     "INSERT INTO transitions(seq, old, new, trigger, who, why, at) VALUES (?, ?, ?, ?, ?, ?, ?)"
 )
 _ARE_COLD = select(cold.c.seq).where(cold.c.seq.in_(bindparam("seqs", expanding=True)))
-_child = cubes.alias("child")
-_BELOW = select(_child.c.parent, _child.c.seq).where(
-    _child.c.parent.in_(bindparam("seqs", expanding=True)),
-    and_(*(_child.c.state != state for state in (*COLD, states.DELETED))),
+_HOT = ", ".join(f"'{state}'" for state in HOT)
+_BELOW = (
+    "SELECT parent, seq FROM cubes WHERE parent IN (SELECT value FROM json_each(?)) "
+    f"AND state IN ({_HOT})"
 )
-_AT_NODE = (
-    select(relations.c.source, cubes.c.seq)
-    .join(cubes, cubes.c.seq == relations.c.cube)
-    .where(
-        relations.c.source.in_(bindparam("seqs", expanding=True)),
-        and_(*(cubes.c.state != state for state in (*COLD, states.DELETED))),
-    )
-    .union_all(
-        select(relations.c.target, cubes.c.seq)
-        .join(cubes, cubes.c.seq == relations.c.cube)
-        .where(
-            relations.c.target.in_(bindparam("seqs", expanding=True)),
-            and_(*(cubes.c.state != state for state in (*COLD, states.DELETED))),
-        )
-    )
+_AT_SOURCE = (
+    "SELECT source, seq FROM relations JOIN cubes ON cubes.seq = relations.cube "
+    f"WHERE source IN (SELECT value FROM json_each(?)) AND state IN ({_HOT})"
 )
+_AT_TARGET = _AT_SOURCE.replace("source", "target")

@@ -86,6 +86,12 @@ def edge_of(old: str, new: str, trigger: str, what: str = "state") -> Edge:
     raise ArgumentError(f"{what}: {_allowed(old)}; {new} by {trigger} is none of them")
 
 
+def is_edge(old: str, new: str, trigger: str) -> bool:
+    """Whether this move is in the table."""
+    edge = _BY_ENDS.get((old, new))
+    return edge is not None and trigger in edge.triggers
+
+
 def _allowed(old: str) -> str:
     ways = [f"{e.new} (by {', '.join(e.triggers)})" for e in EDGES if e.old == old]
     return f"{old}, from where it moves to {' or '.join(ways)}" if ways else f"{old} for good"

@@ -120,9 +120,11 @@ class Uses:
     def of(self, connection: Connection, seqs: Iterable[int]) -> dict[int, Use]:
         """What is written of these cubes' uses; none of those that never were used."""
         return {
-            int(row.seq): Use(row.count, row.last, row.heat)
+            int(seq): Use(int(count), last, heat)
             for part in chunks(list(seqs))
-            for row in connection.execute(select(uses).where(uses.c.seq.in_(part)))
+            for seq, count, last, heat in connection.execute(
+                select(uses).where(uses.c.seq.in_(part))
+            )
         }
 
     def _write(self, connection: Connection, life: Life, mine: Mapping[str, Use]) -> None:
