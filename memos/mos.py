@@ -35,10 +35,13 @@ class MOS(Histories, Lives, Rights, Files):
             crash. None: everything in this process, nothing on disk.
         durable:  every write waits for the disk, so that it survives a loss of power too.
         readonly: nothing is written.
+        key:      a MasterKey, or where it is: "file:PATH", "env:NAME", "keyring:SERVICE/NAME".
+            A folder that is made with one is encrypted, and opens with it only.
         clock:    seconds since 1970.
 
     Raises:
-        StoreError: the folder cannot be used, or holds something else.
+        StoreError: the folder cannot be used, or holds something else, or wants another key.
+        ArgumentError, NotFoundError: there is no key where ``key`` says.
     """
 
     def __init__(
@@ -47,12 +50,13 @@ class MOS(Histories, Lives, Rights, Files):
         *,
         durable: bool = False,
         readonly: bool = False,
+        key: Any = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         from memos.records.store import Records
 
         self.path = path
-        self.records: Records = Records(path, durable=durable, readonly=readonly)
+        self.records: Records = Records(path, durable=durable, readonly=readonly, key=key)
         self._clock = clock
         self._lock = threading.RLock()
         self._memories: dict[str, Any] = {}

@@ -23,6 +23,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from memos.cube.memcube_cipher import OpeningReader, SealingWriter
 from memos.errors import StoreError
 from memos.records._index_hnsw import Graph, hnswlib
 from memos.records._index_rows import DTYPES, METRICS, Chunk, Rows
@@ -31,6 +32,7 @@ _MAGIC, _VERSION = b"MEMOSVEC", 1
 # magic, version, dim, metric, dtype, total, stamp, longest norm, bytes of the JSON, of the file
 _HEADER = struct.Struct("=8sIIHHxxxxQqdQQ")
 _ALIGN, _DIGEST = 64, 32
+_PIECE = 1 << 20  # bytes read at once
 _GRAPH = {"links": np.uint8, "labels": np.int64, "levels": np.int32, "upper": np.uint8}
 
 GraphState = tuple[dict[str, Any], dict[str, NDArray[Any]]]
@@ -42,8 +44,13 @@ class Loaded(NamedTuple):
     stamp: int
 
 
-def write(path: Path, rows: Rows, state: GraphState | None, stamp: int) -> None:
+def write(
+    path: Path, rows: Rows, state: GraphState | None, stamp: int, key: bytes | None = None
+) -> None:
     """Put the file in the place of ``path``: all of it or nothing.
+
+    Args:
+        key: 32 bytes under which it is encrypted; None: it is not.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -52,11 +59,14 @@ def write(path: Path, rows: Rows, state: GraphState | None, stamp: int) -> None:
     try:
         try:
             with open(temporary, "wb") as file:
+                to: Any = file if key is None else SealingWriter(file, key)
                 check = blake3(max_threads=blake3.AUTO)
                 for part in _parts(rows, state, stamp):
                     check.update(part)
-                    file.write(part)
-                file.write(check.digest())
+                    to.write(part)
+                to.write(check.digest())
+                if key is not None:
+                    to.finish()
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -73,11 +83,13 @@ def write(path: Path, rows: Rows, state: GraphState | None, stamp: int) -> None:
         raise StoreError(f"{path}: the index was not saved: {error}") from error
 
 
-def read(path: Path, dim: int, metric: str, dtype: str) -> Loaded | None:
+def read(path: Path, dim: int, metric: str, dtype: str, key: bytes | None = None) -> Loaded | None:
     """What ``write`` wrote; None for whatever is not that, to the last bit."""
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open(path, "rb") as stored:
+            file: Any = stored if key is None else OpeningReader(stored, key)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
             header = file.read(_HEADER.size)
             if len(header) < _HEADER.size:
                 return None
@@ -89,9 +101,14 @@ def read(path: Path, dim: int, metric: str, dtype: str) -> Loaded | None:
                 return None
             data = np.empty(size, np.uint8)
             file.seek(0)
-            if file.readinto(data.data) != size:
-                return None
-    except OSError:
+            at = 0
+            while at < size:
+                part = file.read(_PIECE)
+                if not part:
+                    return None
+                data[at : at + len(part)] = np.frombuffer(part, np.uint8)
+                at += len(part)
+    except OSError:  # also where it does not open under the key
         return None
     body = data[:-_DIGEST]
     if blake3(body.data, max_threads=blake3.AUTO).digest() != data[-_DIGEST:].tobytes():

@@ -152,6 +152,10 @@ class Database:
         with self.read() as connection:
             return int(connection.exec_driver_sql("SELECT change FROM store").scalar_one())
 
+    def file_key(self, memory: int) -> bytes | None:
+        """Under which files beside this one are encrypted for a memory; None: they are not."""
+        return None
+
     # Inside.
 
     def _pool(self) -> dict[str, Any]:

@@ -250,11 +250,12 @@ class VectorIndex:
         while self._step(threads):
             pass
 
-    def save(self, path: str | Path, stamp: int = 0) -> None:
+    def save(self, path: str | Path, stamp: int = 0, *, key: bytes | None = None) -> None:
         """Write the index to a cache file, in the place of an older one.
 
         Args:
             stamp: any int64, given back by ``load``: the change number of what was indexed.
+            key:   32 bytes under which the file is encrypted; None: it is not.
 
         Raises:
             StoreError: the file cannot be written.
@@ -263,7 +264,7 @@ class VectorIndex:
             view = self._view
             has_state = view.graph is not None and view.remap is None
             state = view.graph.state() if has_state and view.graph is not None else None
-        _index_file.write(Path(path), view.rows, state, stamp)
+        _index_file.write(Path(path), view.rows, state, stamp, key)
 
     @classmethod
     def load(
@@ -272,6 +273,8 @@ class VectorIndex:
         dim: int,
         metric: str = "cosine",
         dtype: str = "float32",
+        *,
+        key: bytes | None = None,
         **options: Any,
     ) -> tuple[VectorIndex, int] | None:
         """An index and its stamp from a cache file.
@@ -283,7 +286,7 @@ class VectorIndex:
         Cost: 100,000 x 384 with its graph in about 0.4 s.
         """
         index = cls(dim, metric, dtype, **options)
-        loaded = _index_file.read(Path(path), dim, metric, dtype)
+        loaded = _index_file.read(Path(path), dim, metric, dtype, key)
         if loaded is None:
             return None
         index._vectors = Vectors.of(loaded.rows)

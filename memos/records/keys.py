@@ -267,9 +267,14 @@ class KeyRing:
         """The key under which what names a row is hidden."""
         if self._store is None:
             self.ciphers(db, {0: 0}, make=True)
-            rows = list(self._wrapped(db, [0]))
-            self._store = hkdf(self._unwrap(*rows[0]), b"", b"memos names of rows v1")
+            self._store = self.derived(db, 0, b"memos names of rows v1")
         return self._store
+
+    def derived(self, db: sqlite3.Connection, owner: int, purpose: bytes) -> bytes:
+        """32 bytes that follow from an owner's key. Raises StoreError where it has none."""
+        for _, memory, wrapped in self._wrapped(db, [owner]):
+            return hkdf(self._unwrap(owner, memory, wrapped), b"", purpose)
+        raise StoreError(f"{self.path}: damaged, the key of {called(owner)} is missing")
 
     # Changing keys: each in the caller's transaction.
 

@@ -109,6 +109,11 @@ class SealedDatabase(Database):
             self._replica.reseal(_raw(connection))
         self.scrub()
 
+    def file_key(self, memory: int) -> bytes | None:
+        """Under which files beside this one are encrypted for a memory: 32 bytes."""
+        with self.read() as connection:
+            return self._replica.keys.derived(_raw(connection), -memory, b"memos files v1")
+
     def destroy_keys(self, connection: Connection, seqs: Sequence[int] = ()) -> None:
         """In the transaction that removes what cubes say: delete the keys that sealed it.
 

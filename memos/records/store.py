@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,29 @@ class EmbeddingCache:
             connection.exec_driver_sql("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
 
 
+class RecentEmbeddings:
+    """As ``EmbeddingCache``, in this process only: of an encrypted store. Thread-safe.
+
+    Args:
+        bound: texts whose vectors are kept.
+    """
+
+    def __init__(self, bound: int = 4096) -> None:
+        self._bound = bound
+        self._kept: OrderedDict[bytes, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get_many(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+        with self._lock:
+            return {digest: self._kept[digest] for digest in digests if digest in self._kept}
+
+    def put_many(self, items: Mapping[bytes, bytes]) -> None:
+        with self._lock:
+            self._kept.update(items)
+            while len(self._kept) > self._bound:
+                self._kept.popitem(last=False)
+
+
 class Records:
     """One SQLite file in a folder, and what is derived from it.
 
@@ -60,6 +84,8 @@ class Records:
         path:     a folder; None: in memory.
         durable:  every commit waits for the disk, so that it survives a loss of power.
         readonly: nothing is written.
+        key:      the master key of an encrypted store, or where it is: see
+            ``memos.records.keys.MasterKey``.
 
     Raises:
         StoreError: the folder cannot be used.
@@ -74,6 +100,7 @@ class Records:
         key: Any = None,
     ) -> None:
         self.database = open_database(path, durable=durable, readonly=readonly, key=key)
+        self._recent = RecentEmbeddings()
         self.uses = Uses(self.database)
         self.folder = None if path is None else Path(path)
         self.readonly = readonly
@@ -209,12 +236,13 @@ class Records:
             metric=row.metric,
             dtype=row.dtype,
             folder=None if self.folder is None else self.folder / "indexes",
+            key=self.database.file_key(memory),
         )
 
     @property
-    def embedding_cache(self) -> EmbeddingCache:
+    def embedding_cache(self) -> EmbeddingCache | RecentEmbeddings:
         """Vectors of texts that were embedded before."""
-        return EmbeddingCache(self.database)
+        return self._recent if self.database.is_sealed else EmbeddingCache(self.database)
 
     def _register(
         self, name: str, kind: str, description: str, config: dict[str, Any]

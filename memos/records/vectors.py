@@ -48,6 +48,7 @@ class VectorSearch:
         memory: number of the memory; dim, metric: of its vectors.
         dtype:  float32 or float16, in the rows and in the index.
         folder: where the index is cached; None: nowhere.
+        key:    32 bytes under which that is encrypted; None: it is not.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class VectorSearch:
         metric: str = "cosine",
         dtype: str = "float32",
         folder: Path | None = None,
+        key: bytes | None = None,
     ) -> None:
         self.database, self.memory, self.dim = database, memory, dim
+        self._key = key
         self.metric, self.dtype = metric, dtype
         self._path = None if folder is None else folder / f"vectors-{memory}.index"
         self._index: VectorIndex | None = None
@@ -226,14 +229,14 @@ class VectorSearch:
                 return
             if len(index) >= _SAVE_FROM and self._seen > self._saved:
                 self._path.parent.mkdir(exist_ok=True)
-                index.save(self._path, stamp=self._seen)
+                index.save(self._path, stamp=self._seen, key=self._key)
                 self._saved = self._seen
             self._index = None
 
     def _open(self, connection: Connection) -> None:
         if self._path is not None:
             loaded = VectorIndex.load(
-                self._path, dim=self.dim, metric=self.metric, dtype=self.dtype
+                self._path, dim=self.dim, metric=self.metric, dtype=self.dtype, key=self._key
             )
             if loaded is not None:
                 index, stamp = loaded
