@@ -8,7 +8,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from memos.errors import StoreError
@@ -44,7 +44,7 @@ def temp_path(folder: Path, kind: str = TEMP) -> Path:
     return folder / f"{kind}{os.getpid()}-{secrets.token_hex(6)}"
 
 
-def publish_folder(path: Path, files: Mapping[str, Sequence[Bytes]], *, durable: bool) -> None:
+def publish_folder(path: Path, files: Mapping[str, Iterable[Bytes]], *, durable: bool) -> None:
     """Put a whole folder in place: whoever looks sees all of its files or no folder.
 
     Args:
@@ -127,7 +127,7 @@ def read_ahead(fd: int) -> None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
 
 
-def _write(path: Path, pieces: Sequence[Bytes], durable: bool) -> None:
+def _write(path: Path, pieces: Iterable[Bytes], durable: bool) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         for piece in pieces:

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from memos.kernels import _native
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _LOCK = "LOCK"
+_PIECE = 1 << 20
 _BLOCK = 4096  # files take whole blocks of the disk
 _KEPT_HEADERS = 64
 _METADATA_KEY = f'"{METADATA}":'.encode()
@@ -175,7 +176,8 @@ class AdapterStore:
         with self._writing():
             if digest in self and self.check(digest) is None:
                 return digest
-            self._make_room(digest, parts)
+            sizes = {n: sum(memoryview(p).nbytes for p in data) for n, data in parts.items()}
+            self._make_room(digest, sizes)
             if self.folder is None:
                 pieces = {name: b"".join(data) for name, data in parts.items()}
                 self._memory[digest] = pieces
@@ -186,6 +188,65 @@ class AdapterStore:
                     _disk.remove_folder(path, durable=self.durable)
                 _disk.publish_folder(path, parts, durable=self.durable)
         return digest
+
+    def put_files(
+        self, digest: str, pieces: Mapping[str, Iterable[bytes]], num_bytes: Mapping[str, int]
+    ) -> bool:
+        """Store the files that another store had under this digest, a piece at a time.
+
+        Args:
+            pieces:    name -> bytes, one piece after the other, as ``file_pieces`` gives them.
+            num_bytes: name -> how many they are together.
+
+        Returns:
+            Whether it is new; else nothing of ``pieces`` was read.
+
+        Raises:
+            ArgumentError: they are not the files of this digest; nothing is left behind.
+            QuotaError, StoreError: as ``put``.
+        """
+        if not _NAME.fullmatch(digest) or set(pieces) != {files.CONFIG, files.MODEL}:
+            raise ArgumentError(f"adapter {digest[:64]!r}: {files.CONFIG}, {files.MODEL} wanted")
+        with self._writing():
+            if digest in self and self.check(digest) is None:
+                return False
+            self._make_room(digest, num_bytes)
+            if self.folder is None:
+                self._memory[digest] = {name: b"".join(data) for name, data in pieces.items()}
+            else:
+                path = self.folder / digest
+                with _disk.explained("store the adapter", path):
+                    if path.exists():
+                        _disk.remove_folder(path, durable=self.durable)
+                    _disk.publish_folder(path, pieces, durable=self.durable)
+            try:
+                why = self.check(digest)
+            except ArgumentError as error:
+                why = str(error)
+            if why is not None:
+                self.delete(digest)
+                raise ArgumentError(f"adapter {digest}: its files are not those of it: {why}")
+        return True
+
+    def file_pieces(self, digest: str) -> dict[str, Iterator[bytes]]:
+        """The files of an adapter, name -> pieces of at most a megabyte, checked before.
+
+        Raises NotFoundError, StoreError: as ``load``.
+        """
+        why = self.check(digest)
+        if why is not None:
+            raise StoreError(why)
+        return {name: self._file(digest, name) for name in (files.CONFIG, files.MODEL)}
+
+    def _file(self, digest: str, name: str) -> Iterator[bytes]:
+        if self.folder is None:
+            data = memoryview(self._memory[digest][name])
+            yield from (bytes(data[at : at + _PIECE]) for at in range(0, len(data), _PIECE))
+            return
+        path = self.folder / digest / name
+        with _disk.explained("read the adapter", path), path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                yield piece
 
     def delete(self, digest: str) -> None:
         """Remove an adapter.
@@ -386,10 +447,10 @@ class AdapterStore:
                 finally:
                     self._held = False
 
-    def _make_room(self, digest: str, parts: Mapping[str, Sequence[_disk.Bytes]]) -> None:
+    def _make_room(self, digest: str, num_bytes: Mapping[str, int]) -> None:
         if self.disk_bytes is None:
             return
-        sizes = [sum(memoryview(p).nbytes for p in pieces) for pieces in parts.values()]
+        sizes = num_bytes.values()
         wanted = sum(sizes if self.folder is None else map(_rounded, sizes))
         self._clear_leftovers()
         used = self.num_bytes() - (self.num_bytes(digest) if digest in self else 0)

@@ -217,16 +217,19 @@ class Tenant:
 
     # Sessions
 
-    def save_session(self, session: Session) -> Session:
+    def save_session(self, session: Session, *, keep_times: bool = False) -> Session:
         """Insert or replace a session, durable on return.
 
         ``updated_at`` becomes now, and ``created_at`` where it is 0; returned is what was stored.
+        With ``keep_times`` both stay as they are: it comes from another store.
         """
         with self._writing("save a session"):
             self._sweep_sessions_when_due()
             now = self._state.clock()
             created = session.created_at or now
             stored = dataclasses.replace(session, created_at=created, updated_at=now)
+            if keep_times:
+                stored = session
             self._sessions.save(stored)
             self._pinned = self._next_expiry = None
             return stored

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from memos.kv.store import KVStore
 
 if TYPE_CHECKING:
     from memos.kv.cache import MemosCache
+    from memos.kv.identity import KVIdentity
+    from memos.kv.tenant import Tenant
     from memos.kv.turn import Archive, Turn
 
 _ON_CUBES = ("tokens", "stored_bytes", "raw_bytes")  # figures that a reader gets with the metadata
@@ -127,6 +129,7 @@ class KVCacheMemory:
         self._model, self._config, self._device = model, model_config, device
         self._shape = shape_of(model_config) if model is None else shape_of_model(model)
         self._recent_tokens, self._clock = recent_tokens, clock
+        self._tokenizer = tokenizer
         self._options: dict[str, Any] = {
             "codec": Codec.parse(codec),
             "block_tokens": block_tokens,
@@ -346,6 +349,24 @@ class KVCacheMemory:
         """Close the store, unless it was given."""
         if self._owns_store:
             self.store.close()
+
+    # Files.
+
+    @property
+    def tenant(self) -> Tenant:
+        """Where the sessions and blocks stand."""
+        return self._tenant
+
+    @property
+    def identity(self) -> KVIdentity:
+        """What the blocks of this memory are made for, as of now."""
+        return self._archive().identity
+
+    def text_of(self, token_ids: Sequence[int]) -> str | None:
+        """What tokens say; None where this memory has no tokenizer that knows."""
+        if not hasattr(self._tokenizer, "decode"):
+            return None
+        return str(self._tokenizer.decode(list(token_ids)))
 
     # Inside.
 
