@@ -215,6 +215,10 @@ class Tenant:
                 state.disk.reclaim(self.id, wipe=True)
         return count
 
+    def now(self) -> float:
+        """Seconds since 1970 by the store's clock."""
+        return self._state.clock()
+
     # Sessions
 
     def save_session(self, session: Session, *, keep_times: bool = False) -> Session:

@@ -129,7 +129,7 @@ def read_sessions(
 
 
 def store_session(
-    tenant: Tenant, identity: KVIdentity, stored: Stored, payloads: Iterator[bytes], now: float
+    tenant: Tenant, identity: KVIdentity, stored: Stored, payloads: Iterator[bytes]
 ) -> Session:
     """Put a session and its blocks into a tenant.
 
@@ -141,7 +141,9 @@ def store_session(
     keys = tenant.block_keys(tokens, identity)
     if rest := tokens[len(keys) * P :]:
         keys.append(tenant.tail_key(rest, keys[-1] if keys else ZERO_KEY, identity))
-    ttl_s = None if session.expires_at is None else max(session.expires_at - now, 1.0)
+    ttl_s = None
+    if session.expires_at is not None:
+        ttl_s = max(session.expires_at - tenant.now(), 1.0)
     whole = dataclasses.replace(session, keys=keys)
     batch: list[Entry] = []
     try:

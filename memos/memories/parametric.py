@@ -251,6 +251,16 @@ class ParametricMemory(DeclarativeMemory):
         except NotFoundError:
             raise NotFoundError(f"memory {self.name!r}: no adapter {name!r}") from None
 
+    def fits(self, base: Mapping[str, str]) -> bool | None:
+        """Whether what a card says of a base model is true of the attached one; None: none is."""
+        if self._attachment is None:
+            return None
+        try:
+            self._check_base("", base)
+        except ArgumentError:
+            return False
+        return True
+
     def export(self, name: str, path: str | os.PathLike[str]) -> Path:
         """Write an adapter as a folder that PEFT loads; returns the folder.
 
