@@ -221,6 +221,23 @@ class CubeTable:
         new["version_digest"] = digest_of(row, row.parent_id, **new)
         connection.execute(cubes.update().where(cubes.c.seq == seq).values(new))
 
+    def stay_deleted(
+        self, connection: Connection, seq: int, at: float, author: str | None, parents: bytes
+    ) -> None:
+        """A new version of a deleted cube that is deleted still, after a merge with others."""
+        number, _ = self.database.allocate(connection)
+        row = self._row(connection, seq)
+        keep(connection, row)
+        new = {
+            "version": row.version + 1,
+            "author": author,
+            "updated_at": at,
+            "change": number,
+            "parents": row.version_digest + parents,
+        }
+        new["version_digest"] = digest_of(row, row.parent_id, **new)
+        connection.execute(cubes.update().where(cubes.c.seq == seq).values(new))
+
     # Reading.
 
     def find(self, connection: Connection, id: str, scope: Scope) -> int | None:
@@ -241,6 +258,8 @@ class CubeTable:
         """The cubes that may be seen, by number, with their relations."""
         wanted = list(seqs)
         rows = list(self.rows(connection, wanted, scope))
+        if self.database.observer is not None:
+            self.database.observer.read(self.name, rows)
         edges = relations_of(connection, [row.seq for row in rows], scope)
         found = {
             row.seq: self.cube(row, tuple(edges.get(row.seq, ())), row.parent_id) for row in rows
@@ -344,6 +363,8 @@ class CubeTable:
         if seq is None or not scope.readable_among(connection, [seq]):
             raise NotFoundError(f"memory {self.name!r}: no cube {id!r}")
         row = self._row(connection, seq)
+        if self.database.observer is not None:
+            self.database.observer.read(self.name, [row])
         found = [(self._version(old, old.at), old.edges) for old in kept(connection, [seq])]
         found.append((self._version(row, row.updated_at), row.edges))
         if scope.rights is None:

@@ -49,6 +49,9 @@ class Database:
         self._write_lock = threading.RLock()
         self._writer: int | None = None  # the thread in a transaction
         self._afterwards: list[Callable[[], object]] = []
+        self._allocated: list[int] = []  # numbers of changes of the transaction
+        self._is_told = False  # the observer knows of them
+        self.observer: Any = None  # told of what is read, and of changes before they are committed
         self._local = threading.local()  # connection: of the thread's snapshot
         self._pid = os.getpid()
         if sqlite3.sqlite_version_info < (3, 35):
@@ -110,13 +113,14 @@ class Database:
             if held is not None:
                 yield held
                 return
-            with self._engine.connect() as connection:
+            with self._watched(), self._engine.connect() as connection:
                 connection = connection.execution_options(memos_write=self.path is not None)
                 with connection.begin():
                     self._held: Connection | None = connection
                     self._writer = threading.get_ident()
                     try:
-                        yield connection
+                        with self._told(connection):
+                            yield connection
                     finally:
                         afterwards, self._afterwards = self._afterwards, []
                         self._held = self._writer = None
@@ -134,6 +138,11 @@ class Database:
         elif call not in self._afterwards:
             self._afterwards.append(call)
 
+    def is_inside(self) -> bool:
+        """Whether this thread is in a transaction, or holds one state of the store."""
+        held = getattr(self._local, "connection", None) is not None
+        return held or self._writer == threading.get_ident()
+
     def is_writing(self) -> bool:
         """Whether this thread is in a transaction that may still be undone."""
         return self.path is not None and self._writer == threading.get_ident()
@@ -145,6 +154,7 @@ class Database:
     def allocate(self, connection: Connection, rows: int = 0) -> tuple[int, int]:
         """Number of this transaction, and the first of ``rows`` numbers for new cubes."""
         change, last = connection.exec_driver_sql(_ALLOCATE, (rows,)).one()
+        self._allocated.append(int(change))
         return int(change), int(last) - rows + 1
 
     def last_change(self) -> int:
@@ -157,6 +167,27 @@ class Database:
         return None
 
     # Inside.
+
+    @contextlib.contextmanager
+    def _told(self, connection: Connection) -> Iterator[None]:
+        """Around what a transaction does: before it is committed the observer is told of it."""
+        self._allocated.clear()
+        yield
+        if self._allocated and self.observer is not None:
+            first, last = min(self._allocated), max(self._allocated)
+            self._is_told = True
+            self.observer.before_commit(connection, first, last)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Around a transaction: the observer is told of one that is undone after all."""
+        self._is_told = False
+        try:
+            yield
+        except BaseException:
+            if self._is_told and self.observer is not None:
+                self.observer.undone()
+            raise
 
     def _pool(self) -> dict[str, Any]:
         if self.path is None:

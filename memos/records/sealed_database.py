@@ -181,13 +181,16 @@ class SealedDatabase(Database):
     def _transaction(self, *, writes: bool) -> Iterator[Connection]:
         with self._engine.connect() as connection:
             connection = connection.execution_options(memos_write=writes)
-            with self._noticed(), connection.begin():
+            with self._watched(), self._noticed(), connection.begin():
                 db = _raw(connection)
                 self._replica.follow(db)
                 with self._holding(connection, writes):
-                    yield connection
-                    if writes:
-                        self._replica.flush(db)
+                    if not writes:
+                        yield connection
+                        return
+                    with self._told(connection):
+                        yield connection
+                    self._replica.flush(db)
 
     @contextlib.contextmanager
     def _within_read(self, held: Connection) -> Iterator[None]:
@@ -196,10 +199,11 @@ class SealedDatabase(Database):
         db.execute("COMMIT")
         try:
             db.execute("BEGIN IMMEDIATE")
-            with self._noticed():
+            with self._watched(), self._noticed():
                 self._replica.follow(db)
                 with self._holding(held, True):
-                    yield
+                    with self._told(held):
+                        yield
                     self._replica.flush(db)
                 db.execute("COMMIT")
         finally:

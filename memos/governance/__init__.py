@@ -1,0 +1,1 @@
+"""Governance: views with a principal's rights, audit records, and traces."""
