@@ -529,13 +529,15 @@ def _table_of(db: sqlite3.Connection, name: str, number: int) -> _Table:
         columns, key = ["rowid", *columns], [0]
     owner, sign = None, 1
     foreign = db.execute(f"PRAGMA main.foreign_key_list({quoted(name)})").fetchall()
-    of_cubes = [columns.index(row[3]) for row in foreign if row[2] == "cubes"]
+    of_cubes = [columns.index(row[3]) for row in foreign if row[2:5:2] == ("cubes", "seq")]
     if name in _OF_CUBES:
         owner = columns.index("seq")
     elif of_cubes:
         owner = min(of_cubes)
-    elif name == "memories" or "memory" in columns:
-        owner, sign = columns.index("id" if name == "memories" else "memory"), -1
+    elif name == "memories":
+        owner, sign = columns.index("id"), -1
+    elif any(row[1:3] == ("memory", "INTEGER") for row in info):
+        owner, sign = columns.index("memory"), -1
     return _Table(name, number, tuple(columns), tuple(key), owner, sign)
 
 
