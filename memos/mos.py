@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from memos.cube import Hit, MemCube, Version
+from memos.cube import Hit, MemCube
 from memos.errors import ArgumentError, NotFoundError
 from memos.facade.files import Files
 from memos.facade.history import Histories
@@ -248,11 +248,6 @@ class MOS(Histories, Lives, Rights, Files):
         """State DELETED: no query finds it any more, its history stays. Raises NotFoundError."""
         self.memory(memory_name).delete(memory_id)
 
-    def history(self, id: str, memory_name: str | None = None) -> list[Version]:
-        """Every version of a cube, oldest first, with authors and sources."""
-        found: list[Version] = self._holder(id, memory_name, dead=True).history(id)
-        return found
-
     def relate(self, id: str, type: str, target: str, **more: Any) -> None:
         """Add a typed edge between two cubes of any memories; properties and weight in more."""
         self._holder(id, None).relate(id, type, target, **more)
@@ -267,6 +262,7 @@ class MOS(Histories, Lives, Rights, Files):
         include_ancestors: bool = False,
         include_siblings: bool = False,
         include_descendants: bool = False,
+        as_of: Any = None,
     ) -> list[Hit]:
         """What fits a query, best first.
 
@@ -279,6 +275,7 @@ class MOS(Histories, Lives, Rights, Files):
             filters:     conditions on the metadata, see memos.records.filters.
             include_ancestors, include_siblings, include_descendants: of a TreeTextMemory: fill
                 these fields of the hits.
+            as_of:       the memories as they were then: a time or a Version, see ``at``.
 
         Raises:
             NotFoundError: an unknown memory.
@@ -288,6 +285,17 @@ class MOS(Histories, Lives, Rights, Files):
             raise ArgumentError(f"limit: a number of hits, at least 0, wanted, got {limit!r}")
         if query is None:
             raise ArgumentError("query: a text, vector, dict or token ids wanted, got None")
+        if as_of is not None:
+            past = self.at(as_of, None if memory_name is None else [memory_name])
+            return past.retrieve(
+                memory_name,
+                query,
+                limit,
+                filters=filters,
+                include_ancestors=include_ancestors,
+                include_siblings=include_siblings,
+                include_descendants=include_descendants,
+            )
         chosen = None if memory_name is None else self.memory(memory_name)
         if chosen is not None and not isinstance(chosen, DeclarativeMemory):
             found: list[Hit] = chosen.retrieve(query, limit, filters=filters)

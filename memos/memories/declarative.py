@@ -395,8 +395,6 @@ class DeclarativeMemory:
                 edges = [_relation(edge) for edge in item.get("relations") or ()]
                 new.relations = [(self._other(connection, e.target), e) for e in edges]
             known = self._duplicates(connection, news)
-            if any(KEPT in item for item in items):
-                known = [None] * len(news)  # each of them is the one that another memory has
             self.wake(connection, [seq for seq in known if seq], now)
             if self.on_duplicate == "error" and any(seq is not None for seq in known):
                 i = next(i for i, seq in enumerate(known) if seq is not None)
@@ -437,7 +435,7 @@ class DeclarativeMemory:
 
     def _duplicates(self, connection: Connection, news: Sequence[New]) -> list[int | None]:
         """For each new cube the living one that it repeats, 0 for one of this batch, or None."""
-        if self.on_duplicate == "keep":
+        if self._keeps_all(news):
             return [None] * len(news)
         digests = [new.digest for new in news]
         stored = self.table.duplicates(connection, digests, self.scope())
@@ -449,13 +447,18 @@ class DeclarativeMemory:
             seen.add(digest)
         return found
 
+    def _keeps_all(self, news: Sequence[New]) -> bool:
+        """Whether also what is there already is stored again."""
+        return self.on_duplicate == "keep" or any(new.is_copy for new in news)
+
     def _new(self, item: Mapping[str, Any], now: float) -> New:
         from memos.records.writes import New
 
         unknown = set(item) - _ITEM_KEYS
         if unknown or "content" not in item:
+            names = sorted(_ITEM_KEYS - {"content", KEPT})
             raise ArgumentError(
-                f"item: content and of {', '.join(sorted(_ITEM_KEYS - {'content', KEPT}))} wanted, got "
+                f"item: content and of {', '.join(names)} wanted, got "
                 f"{', '.join(sorted(map(str, item)))}"
             )
         metadata = _metadata(item.get("metadata"))
@@ -482,6 +485,7 @@ class DeclarativeMemory:
             expires_at=_expiry(item.get("ttl_s"), now),
             parents=kept.parents if kept else None,
             edges=kept.edges if kept else (),
+            is_copy=kept is not None,
         )
 
     def _check_ids(self, connection: Connection, ids: Sequence[str]) -> None:

@@ -48,6 +48,10 @@ class Embedded:
         self._search: VectorSearch | None = None
         self._lock = threading.Lock()
 
+    def like(self, other: Embedded) -> None:
+        """Use the embedder of another memory; before this one is bound."""
+        self._wish, self.metric, self.dtype = other._wish, other.metric, other.dtype
+
     @property
     def has_wish(self) -> bool:
         """Whether an embedder was asked for."""

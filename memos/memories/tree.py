@@ -216,7 +216,7 @@ class TreeTextMemory(TreeQueries):
 
         first = following = next_seq(connection)
         scope = self.scope()
-        keep = self.on_duplicate == "keep"
+        keep = self._keeps_all(news)
         outside = [new.parent for new in news if new.parent is not None and new.parent > 0]
         places = self._places(connection, list(dict.fromkeys(outside)))
         stored = {}

@@ -149,6 +149,12 @@ class VectorMemory(DeclarativeMemory):
             (change.content,) = self._embed([change.text])
         change.vector = self._stored(change.content)
 
+    def _restore(
+        self, connection: Connection, old: MemCube, text: str, content: Any, change: Change
+    ) -> None:
+        change.text, change.content = text, content
+        change.vector = self._stored(content)
+
     def _embed(self, texts: Sequence[str]) -> list[dict[str, str]]:
         """Content of texts that came without a vector: one call of the embedder."""
         distinct = list(dict.fromkeys(texts))

@@ -5,6 +5,7 @@ Nothing is changed. Bits that rotted in a cube itself are found by its digest.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections import Counter
@@ -59,12 +60,18 @@ class Problem:
         return f"memory {self.memory!r}, {self.what} of cube {self.id!r}: {self.text}"
 
 
-def check(records: Records, progress: Callable[[str], object] | None = None) -> list[Problem]:
+def check(
+    records: Records,
+    progress: Callable[[str], object] | None = None,
+    *,
+    connection: Connection | None = None,
+) -> list[Problem]:
     """Every disagreement between the cubes of a store and what is derived from them.
 
     Args:
         records:  an open store; others may write to it meanwhile, one state of it is read.
         progress: called with the name of each part before it is looked at.
+        connection: of a transaction, to look at what is not committed yet.
 
     Returns:
         Problems; an empty list: everything agrees.
@@ -75,7 +82,9 @@ def check(records: Records, progress: Callable[[str], object] | None = None) -> 
     Cost: reads everything once; keeps two numbers for each cube.
     """
     tell = progress or (lambda _: None)
-    with records.database.read() as connection:
+    with contextlib.ExitStack() as stack:
+        if connection is None:
+            connection = stack.enter_context(records.database.read())
         found = _Check(connection, records.database.path is not None)
         problems: list[Problem] = []
         for name, part in found.parts().items():

@@ -189,6 +189,11 @@ class Records:
                 change = Change(metadata={**metadata, "stale": stale}, author="memos")
                 table.update(connection, seq, change, at)
 
+    def forget(self, name: str) -> None:
+        """A memory whose registration was undone."""
+        with self._lock:
+            self._tables.pop(name, None)
+
     # Vectors.
 
     def embedder_of(self, memory: int) -> tuple[str, int]:
@@ -203,6 +208,14 @@ class Records:
                     return "", 0
                 self._embedders[memory] = (row.identity, row.dim)
             return self._embedders[memory]
+
+    def copy_embedder(
+        self, reading: Connection, memory: int, connection: Connection, new: int
+    ) -> None:
+        """Vectors of a new memory, of any store, are made by what makes those of this one."""
+        row = reading.execute(select(embedders).where(embedders.c.memory == memory)).first()
+        if row is not None:
+            connection.execute(embedders.insert(), {**row._mapping, "memory": new})
 
     def vector_search(
         self,

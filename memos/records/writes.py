@@ -34,6 +34,9 @@ class New:
     tokens: bytes | None = None
     context: str | None = None  # words for full text beside the text; None: the metadata's
     relations: Sequence[tuple[int, Relation]] = ()  # (seq of the other cube, edge)
+    parents: bytes | None = None  # digests of versions of other memories that this is made of
+    is_copy: bool = False  # of a cube that is there: no duplicate, whatever it says
+    edges: Sequence[Any] = ()  # outgoing relations to be made later, as in history.Edge
 
     @functools.cached_property
     def json(self) -> tuple[str | None, str]:
