@@ -13,6 +13,7 @@ from memos.cube import Hit, MemCube
 from memos.errors import ArgumentError, NotFoundError
 from memos.facade.files import Files
 from memos.facade.history import Histories
+from memos.facade.keys import Keys
 from memos.facade.life import Lives
 from memos.facade.rights import Rights
 from memos.memories.declarative import DeclarativeMemory
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 
-class MOS(Histories, Lives, Rights, Files):
+class MOS(Histories, Lives, Rights, Files, Keys):
     """The memory operating system: memories under one roof, with the same verbs.
 
     Thread-safe. Several processes may open one folder; writers take turns.
