@@ -1,4 +1,4 @@
-"""What the tests of encrypted stores share: two stores that are told the same, and a look at files."""
+"""What tests of encrypted stores share: two stores that are told the same, a look at files."""
 
 from __future__ import annotations
 
