@@ -38,6 +38,8 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         readonly: nothing is written.
         key:      a MasterKey, or where it is: "file:PATH", "env:NAME", "keyring:SERVICE/NAME".
             A folder that is made with one is encrypted, and opens with it only.
+        audit:    True: every access and change is recorded, from now on whoever opens the folder;
+            None: as the folder remembers; False: not by this object, with ``readonly`` only.
         clock:    seconds since 1970.
 
     Raises:
@@ -52,6 +54,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         durable: bool = False,
         readonly: bool = False,
         key: Any = None,
+        audit: bool | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         from memos.records.store import Records
@@ -63,6 +66,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         self._memories: dict[str, Any] = {}
         self._restored: set[str] = set()
         self._pipeline: Pipeline | None = None
+        self._open_audit(audit)
         for row in self.records.memories():
             memory = _restored(row)
             if memory is not None:
@@ -87,6 +91,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             for memory in self._memories.values():
                 if isinstance(memory, DeclarativeMemory):
                     memory.close()
+            self._close_audit()
             self.records.close()
 
     # Memories.
@@ -120,24 +125,26 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             if known is not None:
                 known.close()
             self._restored.discard(name)
-            self._memories[name] = memory
+            self._memories[name] = self._watched(memory)
         return memory
 
     @property
     def memories(self) -> dict[str, Any]:
-        """Every memory by its name; a copy."""
+        """Every memory by its name; a copy. To a principal: those of which it may see anything."""
         with self._lock:
-            return dict(self._memories)
+            found = dict(self._memories)
+        return self._seen(found)
 
     def memory(self, name: str) -> Any:
         """The memory of this name. Raises NotFoundError, which names those there are."""
         with self._lock:
             if not isinstance(name, str):
                 raise ArgumentError(f"memory_name: a string wanted, got {name!r}")
-            if name not in self._memories:
-                there = ", ".join(sorted(self._memories)) or "none"
-                raise NotFoundError(f"memory_name: no memory {name!r}; there are: {there}")
-            return self._memories[name]
+            found = self._memories.get(name)
+        if found is None or not self._seen({name: found}):
+            there = ", ".join(sorted(self.memories)) or "none"
+            raise NotFoundError(f"memory_name: no memory {name!r}; there are: {there}")
+        return found
 
     # The verbs.
 
@@ -370,10 +377,15 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         return sum(m.expire() for m in self.memories.values() if isinstance(m, DeclarativeMemory))
 
     def stats(self) -> dict[str, Any]:
-        """Memories with their kinds, numbers of cubes and of vectors; bytes on disk."""
+        """Memories with their kinds, numbers of cubes and of vectors; bytes on disk, which a
+        principal is not told."""
+        from memos.records.scope import acting
+
         found = {}
         for name, memory in self.memories.items():
             found[name] = {"kind": memory.kind, **memory.stats()}
+        if acting.get() is not None:
+            return {"memories": found}
         return {"memories": found, "bytes": self.records.file_bytes()}
 
     # Inside.
@@ -386,7 +398,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         filters: Mapping[str, Any] | None,
     ) -> list[Hit]:
         from memos.memories.source import MemorySource
-        from memos.records.scope import Scope
+        from memos.records.scope import Scope, acting
 
         if not query.strip():
             raise ArgumentError("query: a text that is not empty wanted")
@@ -403,9 +415,9 @@ class MOS(Histories, Lives, Rights, Files, Keys):
                 memory.expire()
         sources = [MemorySource(memory) for memory in chosen]
         with self.records.database.snapshot():
-            return self.pipeline.run(
-                query, sources, limit, Scope({} if filters is None else filters, self._clock())
-            )
+            given = {} if filters is None else filters
+            scope = Scope(given, self._clock(), rights=acting.get())
+            return self.pipeline.run(query, sources, limit, scope)
 
     def _with_relatives(
         self, hits: Sequence[Hit], ancestors: bool, siblings: bool, descendants: bool
@@ -438,7 +450,9 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         if memory_name is not None:
             return self.memory(memory_name)
         with self.records.database.read() as connection:
-            names = [name for _, name in self.records.locate(connection, id, dead=dead)]
+            located = self.records.locate(connection, id, dead=dead)
+        readable = self._readable(seq for seq, _ in located)
+        names = [name for seq, name in located if seq in readable]
         names += [
             name
             for name, memory in self.memories.items()

@@ -36,8 +36,6 @@ from memos.records.schema import store
 from memos.records.scope import acting
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from memos.records.store import Records
 
 FOLDER = "audit"  # in the store's
@@ -339,8 +337,9 @@ def anchor(connection: Connection) -> Head | None:
     """The head that the store knows; None: it is not audited."""
     if connection.exec_driver_sql(_THERE).first() is None:
         return None
-    row = connection.execute(select(head_table).where(head_table.c.id == 1)).first()
-    return None if row is None else Head(int(row.count), str(row.hash))
+    columns = (head_table.c.count, head_table.c.hash)
+    row = connection.execute(select(*columns).where(head_table.c.id == 1)).first()
+    return None if row is None else Head(int(row[0]), str(row[1]))
 
 
 def genesis_of(connection: Connection) -> str:

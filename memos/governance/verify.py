@@ -53,7 +53,9 @@ def verify(
     found = segments(folder)
     if [number for number, _ in found] != list(range(1, len(found) + 1)):
         names = ", ".join(path.name for _, path in found)
-        report.problems.append(f"segments from 000001.log on wanted, one after the other, got {names}")
+        report.problems.append(
+            f"segments from 000001.log on wanted, one after the other, got {names}"
+        )
     for number, path in found:
         _segment(path, number, number == len(found), chain)
     chain.finish()

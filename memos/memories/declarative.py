@@ -355,6 +355,12 @@ class DeclarativeMemory:
     def left(self, connection: Connection, seqs: Sequence[int]) -> None:
         """Inside the transaction that archives cubes: give their places in fast tiers back."""
 
+    def purged(self, contents: Sequence[Any]) -> None:
+        """After a purge: remove what is kept of these contents beside the rows."""
+        search = self.embedded.search_or_none()
+        if search is not None:
+            search.forget()
+
     def in_use(self) -> set[str]:
         """Ids of cubes that nothing may archive now."""
         return set()

@@ -341,6 +341,23 @@ class Actor:
             bits |= int(row[0])
         return ALL if bits & ADMIN else bits
 
+    def on_listed(self, connection: Connection, memory: str, acl: Mapping[str, Any] | None) -> int:
+        """Rights on something of a memory with this list, as bits."""
+        bits = self.on_memory(connection, memory)
+        if acl is None or bits & ADMIN:
+            return bits
+        names, own = self.names(connection), 0
+        for right, bit in BITS.items():
+            if names & set(_list(acl.get(right))):
+                own |= bit
+        own |= bits if acl.get("inherit") is True else 0
+        return ALL if own & ADMIN else own
+
+    @staticmethod
+    def reads(bits: int) -> bool:
+        """Whether "read" is among these rights."""
+        return bool(bits & BITS["read"])
+
     def on_cube(self, connection: Connection, seq: int) -> int:
         """Rights that a cube's list and what it inherits give, as bits.
 
