@@ -156,7 +156,7 @@ class Files:
             ids:        only these cubes or sessions, with what they cannot stand without: what is
                 above and below them in a tree, the ends of relationships. None: everything, and
                 what was deleted with its history.
-            memory:     a name, or names; None: all.
+            memory:     a name, or names; None: all that may be exported.
             sign:       an Ed25519 private key (of cryptography), or its 32 bytes.
             passphrase: encrypts the file: a text, or a key of 32 bytes.
             overwrite:  replace a file that is there.
@@ -165,7 +165,8 @@ class Files:
         Raises:
             NotFoundError: an unknown memory or id.
             ArgumentError: an argument is out of contract.
-            AccessError:   the principal may not share one of the memories.
+            AccessError:   the principal has not "admin" on one of the memories, or may not read a
+                cube that relations name.
             StoreError:    the store is damaged, or the file cannot be written.
 
         Cost: reads everything once; a few tens of megabytes of memory, however much it is.
@@ -184,7 +185,14 @@ class Files:
             chosen = {name: self.memory(name) for name in names}
         with _written(where) as stream:
             made = export(
-                self.records, chosen, stream, ids, sign=sign, secret=passphrase, progress=progress
+                self.records,
+                chosen,
+                stream,
+                ids,
+                named=names is not None,
+                sign=sign,
+                secret=passphrase,
+                progress=progress,
             )
         return Exported(where, where.stat().st_size, made[0], made[1])
 

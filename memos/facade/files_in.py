@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from memos import memories as kinds
 from memos.cube.memcube import MemcubeReader
-from memos.errors import ArgumentError, StoreError
+from memos.errors import AccessError, ArgumentError, StoreError
 from memos.facade.files import Imported, MemoryReport, Rebuild, only
 from memos.facade.files_out import CONFIG, MODEL, adapter_name
 from memos.memories.declarative import DeclarativeMemory
@@ -304,7 +304,7 @@ class Import:
         name, identity = info["name"], parse_identity(info["identity"])
         memory = self.memories.get(name)
         if acting.get() is not None:
-            raise ArgumentError(f"memory {name!r}: the owner of the store imports sessions")
+            raise AccessError(f"memory {name!r}: the owner of the store imports sessions")
         if memory is not None and memory.kind != "kv_cache":
             raise ArgumentError(
                 f"memory {name!r}: it is of kind {memory.kind}, that of the file of kv_cache"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from memos.cube.memcube import MemcubeWriter, write_all
-from memos.errors import ArgumentError, NotFoundError
+from memos.errors import AccessError, ArgumentError, NotFoundError
 from memos.memories.declarative import DeclarativeMemory
 from memos.records.scope import acting
 from memos.records.transfer_out import Chosen, count_of, export_memory, with_context
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from memos.facade.files import Progress
+    from memos.records.scope import Scope
     from memos.records.store import Records
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"  # in PEFT's layout
@@ -32,20 +35,37 @@ def export(
     stream: BinaryIO,
     ids: Sequence[str] | None,
     *,
+    named: bool,
     sign: Any,
     secret: str | bytes | None,
     progress: Progress | None,
 ) -> tuple[str, dict[str, int]]:
-    """Write memories; returns the digest, and how much of each there is."""
+    """Write memories; returns the digest, and how much of each there is.
+
+    Args:
+        named: somebody asked for these; else those that may not be told are left out.
+    """
     writer = MemcubeWriter(stream, sign=sign, secret=secret)
     declared = {n: memories[n] for n in sorted(memories) if _is_declarative(memories[n])}
     caches = {n: memories[n] for n in sorted(memories) if n not in declared}
+    if not named and acting.get() is not None:
+        caches = {}
     with records.database.snapshot(), records.database.read() as connection:
+        if not named:
+            declared = {n: m for n, m in declared.items() if _may(connection, m)}
         return _Export(records, connection, writer, ids, progress).run(declared, caches)
 
 
 def _is_declarative(memory: Any) -> bool:
     return isinstance(memory, DeclarativeMemory)
+
+
+def _may(connection: Connection, memory: DeclarativeMemory) -> bool:
+    try:
+        memory.scope().check_memory(connection, "admin", memory.name)
+    except (AccessError, NotFoundError):
+        return False
+    return True
 
 
 class _Export:
@@ -92,13 +112,12 @@ class _Export:
             self.progress(self.done, self.total)
 
     def _chosen(self, memories: Mapping[str, DeclarativeMemory]) -> list[Chosen]:
-        actor = acting.get()
         stored = {row["name"]: row for row in self.records.memories()}
         found = []
         for name, memory in memories.items():
-            number = memory.table.memory
-            scope = memory.scope()
-            scope.check_memory(self.connection, "share", name)
+            number, scope = memory.table.memory, memory.scope()
+            # Who has it may read every version of every cube there.
+            scope.check_memory(self.connection, "admin", name)
             seqs = None
             if self.ids is not None:
                 numbers = memory.table.ids(self.connection, self.ids)
@@ -113,35 +132,40 @@ class _Export:
                     kind=row["kind"],
                     description=row["description"],
                     config=row["config"],
-                    clause=None if actor is None else scope.restriction(number),
                     seqs=seqs,
+                    check=None if acting.get() is None else partial(self._check_edges, name, scope),
                 )
             )
         return found
 
+    def _check_edges(self, name: str, scope: Scope, edges: str) -> None:
+        """Raise AccessError for a relation to a cube that the principal may not read."""
+        for _, memory, target, _, _ in json.loads(edges):
+            there = self.records.locate(self.connection, target, dead=True)
+            seqs = [seq for seq, where in there if where == (memory or name)]
+            if len(scope.readable_among(self.connection, seqs)) < len(seqs):
+                raise AccessError(
+                    f"memory {name!r}: it has relations to cubes that may not be read here"
+                )
+
     def _check_ids(
         self, declared: Mapping[str, DeclarativeMemory], sessions: Mapping[str, list[Any]]
     ) -> None:
-        """Raise NotFoundError for an id that no memory has, or that may not be seen."""
+        """Raise NotFoundError for an id that no memory has."""
         if self.ids is None:
             return
         missing = set(self.ids) - {one.id for some in sessions.values() for one in some}
         for memory in declared.values():
             known = memory.table.ids(self.connection, sorted(missing))
-            if acting.get() is not None:
-                seen = memory.scope().readable_among(self.connection, list(known.values()))
-                known = {id: seq for id, seq in known.items() if seq in seen}
             missing -= known.keys()
         if missing:
             raise NotFoundError(f"ids: no cube {min(missing)!r} in {', '.join(declared) or 'none'}")
 
     def _adapters(self, chosen: Chosen, memory: Any) -> None:
         """Write the adapters that any version of the cubes names."""
-        named = list(self.records.contents(chosen.memory))
-        seqs = {seq for seq, _ in named} if chosen.seqs is None else chosen.seqs
-        if chosen.clause is not None:
-            seqs = memory.scope().readable_among(self.connection, sorted(seqs))
-        wanted = {content["digest"] for seq, content in named if seq in seqs}
+        named = self.records.contents(chosen.memory)
+        seqs = chosen.seqs
+        wanted = {content["digest"] for seq, content in named if seqs is None or seq in seqs}
         for digest in sorted(wanted - self.written):  # two memories may share one
             for file, pieces in memory.files.file_pieces(digest).items():
                 type = "tensors" if file == MODEL else "blob"
@@ -151,7 +175,7 @@ class _Export:
 
     def _sessions(self, memory: Any) -> list[Any]:
         if acting.get() is not None:
-            raise ArgumentError(
+            raise AccessError(
                 f"memory {memory.name!r}: sessions have no rights of their own; the owner of the "
                 "store exports them"
             )

@@ -317,7 +317,7 @@ _BELOW = (
     f"AND state IN ({_HOT})"
 )
 _AT_SOURCE = (
-    "SELECT source, seq FROM relations JOIN cubes ON cubes.seq = relations.cube "
-    f"WHERE source IN (SELECT value FROM json_each(?)) AND state IN ({_HOT})"
+    "SELECT relations.source, seq FROM relations JOIN cubes ON cubes.seq = relations.cube "
+    f"WHERE relations.source IN (SELECT value FROM json_each(?)) AND state IN ({_HOT})"
 )
-_AT_TARGET = _AT_SOURCE.replace("source", "target")
+_AT_TARGET = _AT_SOURCE.replace("relations.source", "relations.target")

@@ -39,8 +39,9 @@ class Chosen:
 
     Args:
         memory: its number.
-        clause: SQL over ``cubes``: those that may be seen; None: all, deleted ones too.
-        seqs:   only these; None: all.
+        seqs:   only these; None: all, deleted ones too.
+        check:  called with the relations of every version that has any; raises where one may not
+            be told.
     """
 
     memory: int
@@ -48,8 +49,8 @@ class Chosen:
     kind: str
     description: str
     config: dict[str, Any]
-    clause: ColumnElement[bool] | None = None
     seqs: frozenset[int] | None = None
+    check: Callable[[str], object] | None = None
 
 
 def with_context(connection: Connection, memory: int, seqs: Sequence[int]) -> frozenset[int]:
@@ -156,18 +157,20 @@ class _Export:
                 raise self._damaged(row, f"version {number} is not what was stored")
             body = version.text, version.content
             line = version_line(version, version.at, version.parent_id, same_body=body == before)
-            self._line(member, row, line)
+            self._line(member, row, line, version.edges)
             before = body
         if digest_of(row, row.parent_id) != row.version_digest:
             raise self._damaged(row, "it is not what was stored")
         body = row.text, row.content
         line = version_line(row, row.updated_at, row.parent_id, same_body=body == before)
-        self._line(member, row, line)
+        self._line(member, row, line, row.edges)
         self.versions += row.version
         self.cubes += 1
         self.tell(1)
 
-    def _line(self, member: MemberWriter, row: Any, line: bytes) -> None:
+    def _line(self, member: MemberWriter, row: Any, line: bytes, edges: str | None) -> None:
+        if edges is not None and self.chosen.check is not None:
+            self.chosen.check(edges)
         if len(line) > MAX_LINE_BYTES:
             raise ArgumentError(
                 f"memory {self.chosen.name!r}, cube {row.id!r}: a version of at most "
@@ -188,7 +191,7 @@ class _Export:
         statement = (
             select(cubes, above.c.id.label("parent_id"))
             .outerjoin(above, above.c.seq == cubes.c.parent)
-            .where(*self._where())
+            .where(self._where())
             .order_by(cubes.c.seq)
         )
         batch: list[Any] = []
@@ -224,9 +227,8 @@ class _Export:
         row = self.connection.execute(known).first()
         return None if row is None else Embedder(row.identity, row.dim, row.metric, row.dtype)
 
-    def _where(self) -> list[ColumnElement[bool]]:
-        mine = cubes.c.memory + 0 == self.chosen.memory
-        return [mine] if self.chosen.clause is None else [mine, self.chosen.clause]
+    def _where(self) -> ColumnElement[bool]:
+        return cubes.c.memory + 0 == self.chosen.memory
 
     def _damaged(self, row: Any, why: str) -> StoreError:
         return StoreError(
@@ -241,16 +243,16 @@ class _Places:
     def __init__(
         self,
         connection: Connection,
-        where: Sequence[ColumnElement[bool]],
+        where: ColumnElement[bool],
         seqs: frozenset[int] | None,
     ) -> None:
-        statement = select(cubes.c.seq, cubes.c.position).where(*where)
+        statement = select(cubes.c.seq, cubes.c.position).where(where)
         rows = connection.execute(statement.where(cubes.c.position.is_not(None)))
         found = [(int(row[0]), int(row[1])) for row in rows]
         self.moved = sorted(at for seq, at in found if seqs is None or seq in seqs)
         self._seqs = array.array("q")
         if self.moved:
-            everything = connection.execute(select(cubes.c.seq).where(*where).order_by(cubes.c.seq))
+            everything = connection.execute(select(cubes.c.seq).where(where).order_by(cubes.c.seq))
             self._seqs.extend(int(s) for (s,) in everything if seqs is None or s in seqs)
 
     def of(self, seq: int, before: int) -> int:
@@ -264,16 +266,7 @@ class _Places:
 
 def count_of(connection: Connection, chosen: Chosen) -> int:
     """How many cubes are written."""
-    if chosen.seqs is not None and chosen.clause is None:
+    if chosen.seqs is not None:
         return len(chosen.seqs)
-    mine = [cubes.c.memory + 0 == chosen.memory]
-    if chosen.clause is not None:
-        mine.append(chosen.clause)
-    statement = select(func.count()).select_from(cubes).where(*mine)
-    if chosen.seqs is None:
-        return int(connection.execute(statement).scalar_one())
-    parts = chunks(sorted(chosen.seqs))
-    return sum(
-        int(connection.execute(statement.where(cubes.c.seq.in_(part))).scalar_one())
-        for part in parts
-    )
+    mine = cubes.c.memory + 0 == chosen.memory
+    return int(connection.execute(select(func.count()).select_from(cubes).where(mine)).scalar_one())
