@@ -16,6 +16,7 @@ from memos.cube.identity import ADAPTERS
 from memos.errors import ArgumentError, BackendError
 from memos.kernels.adapters import AdapterPlan, AdapterTable, apply_adapters_, plan_adapters
 
+_linear = torch.nn.functional.linear
 _PLANS = 16  # kept per use: one for each number of tokens
 _numbers = itertools.count()
 _NOTHING: Mapping[int, Use] = MappingProxyType({})
@@ -50,7 +51,8 @@ class Use:
         self.identity = identities[0] if same else ",".join(identities)
         self._slots = torch.tensor(slots[:1] if same else slots, dtype=torch.int64)
         self._rows, self._num_slots = len(self._slots), num_slots
-        self._plans: dict[int, AdapterPlan] = {}
+        self.is_one = self._rows == 1  # all tokens have the same adapter
+        self.plans: dict[int, AdapterPlan] = {}  # by number of tokens
 
     def plan(self, name: str, x: torch.Tensor, T: int) -> AdapterPlan:
         """Which of the T tokens of ``x`` [batch, ..., I] goes to which slot."""
@@ -65,35 +67,64 @@ class Use:
                 raise ArgumentError(
                     f"use_batch: as many adapters as rows wanted, got {rows} for {len(x)} rows"
                 )
-        plan = self._plans.get(T)
+        plan = self.plans.get(T)
         if plan is None:
             # Beams and returned sequences repeat each row before the next.
             slots = self._slots.repeat_interleave(T // rows) if T else self._slots[:0]
             plan = plan_adapters(slots, self._num_slots)
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            self._plans[T] = plan
+            if len(self.plans) >= _PLANS:
+                self.plans.clear()
+            self.plans[T] = plan
         return plan
 
 
 class _Layer:
-    """The forward of one linear layer under an attachment."""
+    """The forward of one linear layer under an attachment: its method ``run``.
 
-    __slots__ = ("attachment", "base", "before", "index", "module", "name", "number", "sizes")
+    A decode step runs it for every layer of the model, so that its Python counts: there are no
+    calls in it that can be done without.
+    """
+
+    __slots__ = ("attachment", "base", "before", "forward", "index", "inputs", "module", "name",
+                 "number", "outputs", "parameters", "table")  # fmt: skip
 
     def __init__(self, attachment: Attachment, index: int, name: str, module: Any) -> None:
         self.attachment, self.index, self.name, self.module = attachment, index, name, module
         self.before = module.__dict__.get("forward")  # accelerate's hooks stand there
         self.base = module.forward
-        self.number, self.sizes = attachment.number, attachment.shapes[name]
+        self.number, self.table = attachment.number, attachment.table
+        self.inputs, self.outputs = attachment.shapes[name]
+        self.parameters = module._parameters
+        is_plain = type(module) is torch.nn.Linear and self.before is None
+        self.forward = self.run_linear if is_plain else self.run
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = self.base(x, *args, **kwargs)
+    def run(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.add(self.base(x, *args, **kwargs), x)
+
+    def run_linear(self, input: torch.Tensor) -> torch.Tensor:
+        """What torch.nn.Linear does, without the way there."""
+        parameters = self.parameters
+        try:
+            y = _linear(input, parameters["weight"], parameters["bias"])
+        except KeyError:  # parametrised since
+            y = self.base(input)
+        return self.add(y, input)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """``y`` and what the adapters in use add to it; y is changed where that is allowed."""
         use = _uses.get().get(self.number)
         if use is None or use.is_base or not use.is_open:
             self.attachment.check(use)
             return y
-        return self.attachment.add(self, y, x, use)
+        T = x.numel() // self.inputs
+        plan = use.plans.get(T) if use.is_one else None
+        if plan is None:
+            plan = use.plan(self.name, x, T)
+        if y.requires_grad:
+            return self.attachment.differentiable(self.index, y, x, plan)
+        rows = y.view(T, self.outputs)
+        apply_adapters_(rows, x.reshape(T, self.inputs), self.table, self.index, plan)
+        return y
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ArgumentError(
@@ -143,7 +174,7 @@ class Attachment:
             _Layer(self, i, name, model.get_submodule(name)) for i, name in enumerate(self.shapes)
         ]
         for layer in self._layers:
-            layer.module.forward = layer
+            layer.module.forward = layer.forward
         setattr(model, ADAPTERS, self)
 
     def detach(self) -> None:
@@ -153,7 +184,7 @@ class Attachment:
         else has replaced a forward since.
         """
         for layer in self._layers:
-            if layer.module.__dict__.get("forward") is not layer:
+            if layer.module.__dict__.get("forward") is not layer.forward:
                 raise ArgumentError(
                     f"model: {layer.name} got another forward after the adapters were attached; "
                     "take that away first"
@@ -218,20 +249,10 @@ class Attachment:
         if use is not None and not use.is_open:
             raise ArgumentError("use: the block in which this adapter was in use has ended")
 
-    def add(self, layer: _Layer, y: torch.Tensor, x: torch.Tensor, use: Use) -> torch.Tensor:
-        """``y`` and what the adapters in use add to it; y is changed where that is allowed."""
-        inputs, outputs = layer.sizes
-        T = x.numel() // inputs
-        plan = use.plan(layer.name, x, T)
-        if y.requires_grad:
-            return self._differentiable(layer.index, y, x, plan)
-        apply_adapters_(y.view(T, outputs), x.reshape(T, inputs), self.table, layer.index, plan)
-        return y
-
-    def _differentiable(
+    def differentiable(
         self, index: int, y: torch.Tensor, x: torch.Tensor, plan: AdapterPlan
     ) -> torch.Tensor:
-        """The same by torch's own operations, for gradients with respect to x."""
+        """As ``apply_adapters_`` by torch's own operations, for gradients with respect to x."""
         inputs, outputs = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
         starts = plan.starts.tolist()
         for slot, (first, last) in enumerate(itertools.pairwise(starts)):
