@@ -64,7 +64,7 @@ def filled(path: Path | None = None, embedder: Any = None) -> MOS:
     mos = opened(path, embedder)
     mos.add("notes", "The spare key is under the mat.", {"room": "hall", "n": 1.5}, id="key")
     mos.add(
-        "notes", "Line\u2028separators, \u00e9, \U0001f511 and \"quotes\".", {"a": {"b": [1, None]}},
+        "notes", "Line\u2028separators, \u00e9, \U0001f511 and \"quotes\".", {"a": {"b": [1]}},
         id="odd", relations=[{"type": "supports", "target": "key", "weight": 0.5}],
         importance=0.9, source="chat", creator="user:ann", derived_from=["key"],
         acl={"read": ["user:ann"]}, thread="t1",

@@ -1,4 +1,4 @@
-"""The container of a .memcube: one spelling, every byte checked, streams, signatures, encryption."""
+"""The container of a .memcube: one spelling, every byte checked, signatures, encryption."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_records_have_one_spelling() -> None:
         *(b'{"a":' + b"9" * 5000 + b"}", b'{"a":-0}', b'{"a":1E5}', b'\xef\xbb\xbf{"a":1}'),
     ]
     for one in bad:
-        with pytest.raises(StoreError, match="^it: "):
+        with pytest.raises(StoreError, match=r"^it: "):
             parse_record(one, "it")
 
 
