@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         VectorMemory,
     )
     from memos.mos import MOS
+    from memos.records.keys import MasterKey
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOME = {
     "Hit": "memos.cube",
     "KVCacheMemory": "memos.memories",
     "MOS": "memos.mos",
+    "MasterKey": "memos.records.keys",
     "MemCube": "memos.cube",
     "ParametricMemory": "memos.memories",
     "TreeTextMemory": "memos.memories",
@@ -41,6 +43,7 @@ __all__ = [
     "GraphMemory",
     "Hit",
     "KVCacheMemory",
+    "MasterKey",
     "MemCube",
     "ParametricMemory",
     "TreeTextMemory",

@@ -211,10 +211,13 @@ def _examine_devices(versions: dict[str, str | None]) -> dict[str, str]:
     return {**found, "cuda": f"none: CUDA {torch.version.cuda} finds no device or no driver"}
 
 
+_SECRET = "set, not shown"
+
+
 def _environment() -> Iterator[tuple[str, str]]:
     for name in sorted(os.environ):
         if name.startswith("MEMOS_") or name in FOREIGN_VARIABLES:
-            yield name, os.environ[name]
+            yield name, _SECRET if name == "MEMOS_KEY" else os.environ[name]
 
 
 def _normalised(distribution: str) -> str:

@@ -84,6 +84,11 @@ class GraphMemory(GraphQueries):
         from memos.records.outbox import Mirror, prefix_of, prepare
 
         if self._server is not None:
+            if records.database.is_sealed:
+                raise ArgumentError(
+                    "storage_backend: 'sqlite' wanted in an encrypted store: a graph server would "
+                    "be sent labels and properties as they are"
+                )
             self._server.connect()
         super().bind(records)
         memory = self.table.memory

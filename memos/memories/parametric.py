@@ -107,6 +107,11 @@ class ParametricMemory(DeclarativeMemory):
     def files(self) -> AdapterStore:
         """The stored adapters, by digest. Raises BackendError without torch."""
         records = self.records
+        if records.database.is_sealed:
+            raise ArgumentError(
+                f"memory {self.name!r}: an encrypted store keeps no adapters, whose files others "
+                "open as they are; register it with a MOS whose folder is not encrypted"
+            )
         with self._attach_lock:
             if self._files is None:
                 try:

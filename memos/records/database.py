@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,12 @@ class Database:
     def file_key(self, memory: int) -> bytes | None:
         """Under which files beside this one are encrypted for a memory; None: they are not."""
         return None
+
+    def destroy_keys(self, connection: Connection, seqs: Sequence[int]) -> None:
+        """In the transaction that removes what cubes say: delete the keys that sealed it, too.
+
+        Where nothing is encrypted there are none.
+        """
 
     # Inside.
 

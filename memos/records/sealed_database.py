@@ -114,7 +114,7 @@ class SealedDatabase(Database):
         with self.read() as connection:
             return self._replica.keys.derived(_raw(connection), -memory, b"memos files v1")
 
-    def destroy_keys(self, connection: Connection, seqs: Sequence[int] = ()) -> None:
+    def destroy_keys(self, connection: Connection, seqs: Sequence[int]) -> None:
         """In the transaction that removes what cubes say: delete the keys that sealed it.
 
         Rows of these cubes that are still there at its end are sealed with new keys. Afterwards no
