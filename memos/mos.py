@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -87,6 +88,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
 
     def close(self) -> None:
         """Write the caches of the indexes and close the files. The cubes are stored already."""
+        self._close_life()
         with self._lock:
             for memory in self._memories.values():
                 if isinstance(memory, DeclarativeMemory):
@@ -271,6 +273,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         include_siblings: bool = False,
         include_descendants: bool = False,
         as_of: Any = None,
+        include_archived: bool = False,
     ) -> list[Hit]:
         """What fits a query, best first.
 
@@ -284,6 +287,8 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             include_ancestors, include_siblings, include_descendants: of a TreeTextMemory: fill
                 these fields of the hits.
             as_of:       the memories as they were then: a time or a Version, see ``at``.
+            include_archived: also cubes that are archived, or merged into others; what is
+                archived comes back once it is used, see ``use``.
 
         Raises:
             NotFoundError: an unknown memory.
@@ -310,7 +315,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             return found
         if isinstance(query, str):
             names = None if chosen is None else [chosen.name]
-            hits = self._search(query, limit, names, filters)
+            hits = self._search(query, limit, names, filters, include_archived)
         elif chosen is None:
             raise ArgumentError(
                 f"query: text wanted where no memory is named, got {type(query).__name__}"
@@ -318,7 +323,9 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         else:
             if not self.records.readonly:
                 chosen.expire()
-            hits = chosen.lookup(query, limit, chosen.scope(filters))
+            scope = dataclasses.replace(chosen.scope(filters), archived=include_archived)
+            hits = chosen.lookup(query, limit, scope)
+        self._count(hits)
         if include_ancestors or include_siblings or include_descendants:
             return self._with_relatives(
                 hits, include_ancestors, include_siblings, include_descendants
@@ -334,6 +341,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         limit: int = 20,
         filters: Mapping[str, Any] | None = None,
         count_tokens: Callable[[str], int] | None = None,
+        include_archived: bool = False,
     ) -> Context:
         """What a prompt should carry for this query: texts in order, each with its citation.
 
@@ -342,6 +350,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             memories:      names; None: all that hold text.
             limit:         hits to choose from.
             count_tokens:  of a text; default: a quarter of its characters.
+            include_archived: also archived cubes; those that the context carries come back.
 
         Returns:
             A Context: ``str(context)`` is the text, ``context.citations`` says where each part
@@ -349,8 +358,10 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         """
         from memos.retrieval import synthesise
 
-        hits = self._search(query, limit, memories, filters)
-        return synthesise(query, hits, budget_tokens, count_tokens)
+        hits = self._search(query, limit, memories, filters, include_archived)
+        context = synthesise(query, hits, budget_tokens, count_tokens)
+        self._carry(context.hits)
+        return context
 
     def explain(self, result: Any) -> Explanation:
         """Why a hit or a context is as it is: every stage, signal and weight."""
@@ -396,6 +407,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         limit: int,
         names: Sequence[str] | None,
         filters: Mapping[str, Any] | None,
+        archived: bool = False,
     ) -> list[Hit]:
         from memos.memories.source import MemorySource
         from memos.records.scope import Scope, acting
@@ -413,10 +425,10 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         if not self.records.readonly:
             for memory in chosen:
                 memory.expire()
-        sources = [MemorySource(memory) for memory in chosen]
+        sources = [MemorySource(memory, archived) for memory in chosen]
         with self.records.database.snapshot():
             given = {} if filters is None else filters
-            scope = Scope(given, self._clock(), rights=acting.get())
+            scope = Scope(given, self._clock(), archived, rights=acting.get())
             return self.pipeline.run(query, sources, limit, scope)
 
     def _with_relatives(

@@ -179,6 +179,12 @@ class AdapterPool:
                 self._worker.start()
             return True
 
+    def busy(self) -> set[str]:
+        """Digests of the adapters that are in use or pinned."""
+        with self._changed:
+            used = {entry.digest for entry in self._entries.values() if entry.users}
+            return used | self._pinned
+
     def drop(self, digest: str) -> None:
         """Forget an adapter in all tiers above the store, pinned or not.
 

@@ -261,6 +261,16 @@ class Tenant:
                 raise NotFoundError(f"session {id!r}: not there")
             return self._delete_session(id, keys)
 
+    def clear(self) -> int:
+        """Remove every session and every block, and their bytes; returns how many blocks."""
+        with self._writing("delete all blocks"):
+            for session in self._sessions.find({}):
+                self._sessions.remove(session.id)
+            with self._state.lock:
+                mine = [block.key for block in self._state.blocks() if block.tenant == self.id]
+            self._pinned = self._next_expiry = None
+            return self._destroy(mine)
+
     def pin(self, session_id: str, pinned: bool = True) -> None:
         """While a session is pinned its blocks are never evicted. Raises NotFoundError."""
         with self._writing("pin a session"):

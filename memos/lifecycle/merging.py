@@ -166,7 +166,7 @@ def _equal(
     content, newest = _said(sources)
     scope = memory.scope()
     new = memory._new({"content": content, "metadata": newest.metadata}, scope.now)
-    known = memory.table.duplicates(connection, [new.digest], scope.now)
+    known = memory.table.duplicates(connection, [new.digest], scope)
     others = set(known.values()) - {one.seq for one in sources}
     memory.wake(connection, sorted(others), scope.now)
     found = memory.table.load(connection, sorted(others), scope)

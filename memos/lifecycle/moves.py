@@ -36,6 +36,8 @@ def archive(memory: DeclarativeMemory, id: str, *, who: str | None = None, why: 
     at = memory.scope().now
     with memory.records.database.write() as connection:
         seq = _writable(memory, connection, id)
+        if id in memory.in_use():
+            raise ArgumentError(f"memory {memory.name!r}, cube {id!r}: it is in use or pinned")
         states = memory.table.life.states(connection, memory._with_dependents(connection, seq))
         gone = [one for one, state in states.items() if one == seq or state not in COLD]
         moved = memory.table.life.move(

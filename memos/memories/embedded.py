@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memos.cube.identity import digest
@@ -101,8 +101,7 @@ class Embedded:
         cache = self._records.embedding_cache
         is_kept = unnamed(embedder) is None
         # With dim: what is kept must fit.
-        identity = f"memos embedding\0{embedder.identity}\0{embedder.dim}\0{self.dtype}"
-        digests = {text: digest(identity, text) for text in texts}
+        digests = self._digests(texts, embedder.identity, embedder.dim)
         kept = cache.get_many(list(digests.values())) if is_kept else {}
         known = {text: kept[d] for text, d in digests.items() if self._is_whole(kept.get(d, b""))}
         missing = [text for text in digests if text not in known]
@@ -114,6 +113,20 @@ class Embedded:
         self.opened(embedder.dim, embedder.identity)
         size = self._size()
         return [(known[text][:size], known[text][size:] or None) for text in texts]
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """Drop what is kept of these texts: their vectors in the cache of the store."""
+        assert self._records is not None
+        maker, dim = self._records.embedder_of(self._memory)
+        digests = self._digests(texts, maker, dim)
+        self._records.embedding_cache.drop_many(list(digests.values()))
+        with _queries_lock:
+            for key in [key for key in _queries if key[2] in digests]:
+                del _queries[key]
+
+    def _digests(self, texts: Iterable[str], maker: str, dim: int) -> dict[str, bytes]:
+        identity = f"memos embedding\0{maker}\0{dim}\0{self.dtype}"
+        return {text: digest(identity, text) for text in texts}
 
     def _size(self) -> int:
         """Bytes of a vector."""

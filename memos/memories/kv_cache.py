@@ -337,6 +337,14 @@ class KVCacheMemory:
         """Remove a session, and its blocks that no other session uses. Raises NotFoundError."""
         self._tenant.delete_session(memory_id)
 
+    def sessions(self) -> list[str]:
+        """Ids of all sessions, newest first."""
+        return [session.id for session in self._tenant.sessions()]
+
+    def clear(self) -> int:
+        """Remove every session and every block of the tenant; returns how many blocks."""
+        return self._tenant.clear()
+
     def pin(self, memory_id: str, pinned: bool = True) -> None:
         """While a session is pinned its blocks are never evicted. Raises NotFoundError."""
         self._tenant.pin(memory_id, pinned)

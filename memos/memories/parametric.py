@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -246,13 +247,12 @@ class ParametricMemory(DeclarativeMemory):
 
     def named(self, name: str) -> MemCube:
         """The cube of the adapter with this name, or this id. Raises NotFoundError."""
-        scope = self.scope({"name": name})
+        scope = dataclasses.replace(self.scope({"name": name}), archived=True)
         with self.records.database.read() as connection:
             seqs = self.table.recent(connection, scope, 1)
-            if seqs:
-                return self.table.one(connection, seqs[0], scope)
+            found = self.table.one(connection, seqs[0], scope) if seqs else None
         try:
-            return self.get(name)
+            return self.get(name if found is None else found.id)
         except NotFoundError:
             raise NotFoundError(f"memory {self.name!r}: no adapter {name!r}") from None
 
@@ -435,6 +435,31 @@ class ParametricMemory(DeclarativeMemory):
         metadata = old.metadata if change.metadata is None else change.metadata
         change.metadata = {k: v for k, v in metadata.items() if k != "stale"}
 
+    def left(self, connection: Connection, seqs: Sequence[int]) -> None:
+        """Archived adapters leave the device and the host's memory."""
+        pool = self._pool
+        if pool is None:
+            return
+        busy = pool.busy()
+        for row in self.table.rows(connection, seqs):
+            digest = json.loads(row.content)["digest"]
+            if row.state == "ARCHIVED" and digest not in busy:
+                pool.drop(digest)
+
+    def in_use(self) -> set[str]:
+        """Ids of the adapters that a model computes with now, or that are pinned."""
+        busy = set() if self._pool is None else self._pool.busy()
+        return {cube.id for cube in self.cubes(None) if cube.content["digest"] in busy}
+
+    def purged(self, contents: Sequence[Any]) -> None:
+        super().purged(contents)
+        digests = {content["digest"] for content in contents} - self._named_digests()
+        for digest in sorted(digests):
+            if self._pool is not None:
+                self._pool.drop(digest)
+            if digest in self.files:
+                self.files.delete(digest)
+
     # Inside.
 
     def _attached(self) -> Attachment:
@@ -467,7 +492,8 @@ class ParametricMemory(DeclarativeMemory):
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"name: a string that is not empty wanted, got {name!r}")
         with self.records.database.read() as connection:
-            if self.table.recent(connection, self.scope({"name": name}), 1):
+            scope = dataclasses.replace(self.scope({"name": name}), archived=True)
+            if self.table.recent(connection, scope, 1):
                 raise ArgumentError(
                     f"name: a new one wanted, got {name!r}, which another adapter has; use update"
                 )

@@ -51,8 +51,8 @@ class Unit:
 class MemorySource:
     """Thread-safe. Every path applies ``scope`` - states, expiry, filters, rights - first."""
 
-    def __init__(self, memory: DeclarativeMemory) -> None:
-        self.memory = memory
+    def __init__(self, memory: DeclarativeMemory, archived: bool = False) -> None:
+        self.memory, self.archived = memory, archived
         self.name, self.kind = memory.name, memory.kind
         self._rights = memory.scope().rights  # of who asks
 
@@ -80,7 +80,9 @@ class MemorySource:
                 return found
             from memos.records.cold_text import search_cold
 
-            more = search_cold(connection, self._table.fulltext, text, limit, allowed)
+            more = search_cold(
+                connection, self._table.fulltext, text, limit, allowed, is_alone=view is not None
+            )
         return _best_of(found, more, limit)
 
     def search_vector(self, vector: Any, limit: int, scope: Scope) -> tuple[Any, Any]:
@@ -89,10 +91,6 @@ class MemorySource:
 
         with self._read() as connection:
             found = self.memory.embedded.search(connection, vector, limit, scope)
-            search = self.memory.embedded.search_or_none() if scope.archived else None
-            if found is not None and search is not None:
-                more = search.search_cold(connection, vector, limit, scope)
-                return _best_of(found, more, limit)
         if found is None:
             return numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float32)
         return found
@@ -211,7 +209,10 @@ class MemorySource:
         """About how many units there are."""
         with self._read() as connection:
             view = self._view(connection)
-            return self._table.fulltext.rows(connection) if view is None else view.documents
+            if view is not None:
+                return view.documents
+            away = self._table.life.count_cold(connection) if self.archived else 0
+            return self._table.fulltext.rows(connection) + away
 
     def cubes(self, seqs: Sequence[int], scope: Scope) -> dict[int, MemCube]:
         """The cubes that may be seen, whole."""

@@ -11,7 +11,7 @@ import re
 import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -30,8 +30,14 @@ def search_cold(
     query: str,
     limit: int,
     allowed: Array | None = None,
+    *,
+    is_alone: bool = False,
 ) -> tuple[Array, Array]:
     """As ``FullText.search``, among the cubes of the memory that are in no index.
+
+    Args:
+        is_alone: whoever asks may not see everything: no count but of what is allowed goes into
+            the scores.
 
     Returns:
         seq [n] int64, BM25 [n] float64, best first: how rare a word is counts over both kinds.
@@ -56,6 +62,8 @@ def search_cold(
         (fulltext.memory,),
     )
     for seq, text, context in found:
+        if is_alone and may is not None and seq not in may:
+            continue
         total += 1
         length += len(text) + len(context)
         if may is None or seq in may:
@@ -66,8 +74,11 @@ def search_cold(
     if not rows:
         return none
     seen = Counter(head for has in heads for head in has)
-    hot = fulltext.document_frequencies(connection, stems, fulltext.rows(connection))
-    everything = fulltext.rows(connection) + total
+    hot: Mapping[str, int] = {}
+    everything = total
+    if not is_alone:
+        hot = fulltext.document_frequencies(connection, stems, fulltext.rows(connection))
+        everything += fulltext.rows(connection)
     rarity = {
         stem: max(_LEAST, math.log((everything - n + 0.5) / (n + 0.5)))
         for stem in stems

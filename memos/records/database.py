@@ -95,6 +95,15 @@ class Database:
             finally:
                 self._local.connection = outer
 
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[sqlite3.Connection]:
+        """A connection in no transaction, for what SQLite does only there. No thread writes."""
+        self._check_process()
+        self.check_writable()
+        with self._errors(), self._write_lock, self._engine.connect() as connection:
+            found: Any = connection.connection.driver_connection
+            yield found
+
     def check_writable(self) -> None:
         """Raise StoreError where this store was opened read-only."""
         if self.readonly:

@@ -193,6 +193,11 @@ class Life:
         )
         return {row[0]: int(row[1]) for row in rows}
 
+    def count_cold(self, connection: Connection) -> int:
+        """How many cubes are in no index."""
+        mine = select(func.count()).select_from(cold).where(cold.c.memory == self.memory)
+        return int(connection.execute(mine).scalar_one())
+
     def pin(self, connection: Connection, seq: int, pinned: bool) -> None:
         """While a cube is pinned nothing archives or merges it."""
         connection.execute(pins.delete().where(pins.c.seq == seq))

@@ -181,7 +181,7 @@ class Mirror:
         """Source and target of relationships, deleted ones too, while the store knows both."""
         wanted = {}
         for seq, row in rows.items():
-            if row.kind != NODE:
+            if row.kind != NODE and row.content is not None:
                 content = json.loads(row.content)
                 wanted[seq] = (content["source_id"], content["target_id"])
         ids = self.table.ids(connection, list({id for ends in wanted.values() for id in ends}))

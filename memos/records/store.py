@@ -51,6 +51,14 @@ class EmbeddingCache:
         with self._database.write() as connection:
             connection.exec_driver_sql("INSERT OR REPLACE INTO embeddings VALUES (?, ?)", rows)
 
+    def drop_many(self, digests: Sequence[bytes]) -> None:
+        if not digests:
+            return
+        with self._database.write() as connection:
+            connection.exec_driver_sql(
+                "DELETE FROM embeddings WHERE digest = ?", [(digest,) for digest in digests]
+            )
+
 
 class RecentEmbeddings:
     """As ``EmbeddingCache``, in this process only: of an encrypted store. Thread-safe.
@@ -73,6 +81,11 @@ class RecentEmbeddings:
             self._kept.update(items)
             while len(self._kept) > self._bound:
                 self._kept.popitem(last=False)
+
+    def drop_many(self, digests: Sequence[bytes]) -> None:
+        with self._lock:
+            for digest in digests:
+                self._kept.pop(digest, None)
 
 
 class Records:

@@ -34,6 +34,7 @@ _TOKENS = select(vectors.c.seq, vectors.c.tokens).where(
 )
 
 
+GONE = b""  # tokens of a purged cube, whose vector must not stay in any index
 _COLD = (
     select(vectors.c.seq, vectors.c.data)
     .join(cold, cold.c.seq == vectors.c.seq)
@@ -89,7 +90,12 @@ class VectorSearch:
         index = self.index(connection)
         allowed = scope.allowed(connection, self.memory)
         keys, scores = index.search(query, limit, allowed)
-        return keys, scores
+        if not scope.archived:
+            return keys, scores
+        more, theirs = self.search_cold(connection, query, limit, scope)
+        keys, scores = numpy.concatenate([keys, more]), numpy.concatenate([scores, theirs])
+        order = numpy.lexsort((keys, -scores))[:limit]
+        return keys[order], scores[order]
 
     def rows(self, connection: Connection, seqs: Sequence[int]) -> dict[int, Any]:
         """The stored vectors of these cubes, float32 [dim]."""
@@ -248,7 +254,16 @@ class VectorSearch:
     def _follow(self, connection: Connection) -> None:
         assert self._index is not None
         mine = (vectors.c.memory == self.memory, vectors.c.change > self._seen)
-        rows = connection.execute(select(vectors.c.seq, vectors.c.data).where(*mine)).all()
+        columns = (vectors.c.seq, vectors.c.data, vectors.c.tokens)
+        rows = connection.execute(select(*columns).where(*mine)).all()
+        if self._seen and any(row[1] is None and row[2] == GONE for row in rows):
+            # What was purged stands in the index as long as it is changed and not made anew.
+            self._index, self._seen = VectorIndex(self.dim, self.metric, self.dtype), 0
+            self._sample = (0, numpy.zeros((1, self.dim), numpy.float32))
+            if self._path is not None and not self.database.readonly:
+                self._path.unlink(missing_ok=True)
+            self._follow(connection)
+            return
         left = connection.execute(
             select(cold.c.seq).where(cold.c.memory == self.memory, cold.c.change > self._seen)
         )
