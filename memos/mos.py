@@ -114,6 +114,12 @@ class MOS(Histories, Lives, Rights, Files, Keys):
                 f"memory: GeneralTextMemory, TreeTextMemory, VectorMemory, GraphMemory, "
                 f"KVCacheMemory or ParametricMemory wanted, got {type(memory).__name__}"
             )
+        store = getattr(memory, "store", None)
+        if self.records.database.is_sealed and not getattr(store, "is_encrypted", True):
+            raise ArgumentError(
+                f"memory {name!r}: encryption_key=MasterKey wanted for its folder, since the store "
+                "of this MOS is encrypted"
+            )
         with self._lock:
             known = self._memories.get(name)
             if known is memory:
@@ -204,9 +210,9 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             "thread": thread,
         }
         given = {name: value for name, value in more.items() if value is not None}
-        if not isinstance(memory, DeclarativeMemory) and given.keys() - {"id"}:
+        if not isinstance(memory, DeclarativeMemory) and given.keys() - {"id", "acl"}:
             raise ArgumentError(
-                f"{', '.join(sorted(given.keys() - {'id'}))}: memory {memory_name!r} of kind "
+                f"{', '.join(sorted(given.keys() - {'id', 'acl'}))}: memory {memory_name!r} of kind "
                 f"{memory.kind} does not take this"
             )
         cube: MemCube = memory.add(content, metadata, **given)
@@ -299,16 +305,19 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         if query is None:
             raise ArgumentError("query: a text, vector, dict or token ids wanted, got None")
         if as_of is not None:
+            from memos.records.scope import as_owner
+
             past = self.at(as_of, None if memory_name is None else [memory_name])
-            return past.retrieve(
-                memory_name,
-                query,
-                limit,
-                filters=filters,
-                include_ancestors=include_ancestors,
-                include_siblings=include_siblings,
-                include_descendants=include_descendants,
-            )
+            with as_owner():  # it holds only what may be read
+                return past.retrieve(
+                    memory_name,
+                    query,
+                    limit,
+                    filters=filters,
+                    include_ancestors=include_ancestors,
+                    include_siblings=include_siblings,
+                    include_descendants=include_descendants,
+                )
         chosen = None if memory_name is None else self.memory(memory_name)
         if chosen is not None and not isinstance(chosen, DeclarativeMemory):
             found: list[Hit] = chosen.retrieve(query, limit, filters=filters)

@@ -182,13 +182,17 @@ class _Pasts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[float, int], Any] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
     def mos(self, mos: Any, at: float, memories: list[DeclarativeMemory]) -> Any:
         from memos.memories.versions import Past
         from memos.mos import MOS
 
-        key = (at, mos.records.database.last_change())
+        from memos.records.scope import acting
+
+        # What a principal may read of it is another past.
+        actor = acting.get()
+        key = (at, mos.records.database.last_change(), None if actor is None else actor.key)
         with self._lock:
             if key not in self._kept:
                 view = MOS(clock=lambda: at)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memos.cube import Hit, MemCube, Relation, Version
+from memos.cube import Hit, MemCube, Version
 from memos.cube.identity import new_id
 from memos.errors import ArgumentError, NotFoundError
 from memos.memories.embedded import Embedded
+from memos.memories.items import (
+    ITEM_KEYS,
+    KEPT,
+    acl_of,
+    author_of,
+    batches_of,
+    expiry_of,
+    importance_of,
+    metadata_of,
+    name_of,
+    names_of,
+    relation_of,
+    thread_of,
+)
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -20,11 +33,6 @@ if TYPE_CHECKING:
     from memos.records.scope import Scope
     from memos.records.store import Records
     from memos.records.writes import Change, New
-
-KEPT = "_kept"  # of an item: New, text and content as they are stored, and the version's parents
-_BATCH = 1000  # cubes of one transaction of add_many
-# Metadata that names the conversation or document whose cubes follow one another.
-_THREAD_KEYS = ("thread", "thread_id", "conversation_id", "conversation", "session_id", "session")
 
 
 class DeclarativeMemory:
@@ -131,7 +139,7 @@ class DeclarativeMemory:
         """
         stored: list[MemCube] = []
         names: dict[str, int] = {}
-        for batch in _batches(items):
+        for batch in batches_of(items):
             stored += self._store(batch, names)
             if progress is not None:
                 progress(len(stored))
@@ -170,9 +178,9 @@ class DeclarativeMemory:
         from memos.records.writes import Change
 
         now, scope = self._clock(), self.scope()
-        change = Change(author=_author(author), source=source, acl=_acl(acl))
-        change.importance = None if importance is None else _importance(importance)
-        change.expires_at = _expiry(ttl_s, now)
+        change = Change(author=author_of(author), source=source, acl=acl_of(acl))
+        change.importance = None if importance is None else importance_of(importance)
+        change.expires_at = expiry_of(ttl_s, now)
         if content is not None:
             self._embed_ahead(content, change)
         with self.records.database.write() as connection:
@@ -183,7 +191,7 @@ class DeclarativeMemory:
             self.wake(connection, [seq], now)
             old = self.table.one(connection, seq, Scope({}, now))
             if metadata is not None:
-                change.metadata = {**old.metadata, **_metadata(metadata)}
+                change.metadata = {**old.metadata, **metadata_of(metadata)}
             if content is not None:
                 self._change(connection, old, content, change)
             self.table.update(connection, seq, change, now)
@@ -200,7 +208,7 @@ class DeclarativeMemory:
             gone = self._with_dependents(connection, seq)
             for one in gone:
                 scope.check_cube(connection, "write", one, memory_id)
-            self._delete(connection, gone, scope.now, _author(author))
+            self._delete(connection, gone, scope.now, author_of(author))
 
     def history(self, memory_id: str) -> list[Version]:
         """Every version, oldest first. Raises NotFoundError."""
@@ -233,15 +241,15 @@ class DeclarativeMemory:
         """
         from memos.records.writes import Change
 
-        edge = _relation({"type": type, "target": target, "weight": weight})
-        edge.properties.update(_metadata(properties))
+        edge = relation_of({"type": type, "target": target, "weight": weight})
+        edge.properties.update(metadata_of(properties))
         with self.records.database.write() as connection:
             scope = self.scope()
             seq = self.table.seq(connection, memory_id, scope)
             scope.check_cube(connection, "write", seq, memory_id)
             self.wake(connection, [seq], self._clock())
             other = self._other(connection, edge.target)
-            change = Change(author=_author(author))
+            change = Change(author=author_of(author))
             self.table.relate(connection, seq, other, edge, change, self._clock())
 
     def expire(self) -> int:
@@ -398,7 +406,7 @@ class DeclarativeMemory:
             self._check_ids(connection, [i["id"] for i in items if i.get("id") is not None])
             self._place_all(connection, news, items, names)
             for new, item in zip(news, items, strict=True):
-                edges = [_relation(edge) for edge in item.get("relations") or ()]
+                edges = [relation_of(edge) for edge in item.get("relations") or ()]
                 new.relations = [(self._other(connection, e.target), e) for e in edges]
             known = self._duplicates(connection, news)
             self.wake(connection, [seq for seq in known if seq], now)
@@ -460,14 +468,14 @@ class DeclarativeMemory:
     def _new(self, item: Mapping[str, Any], now: float) -> New:
         from memos.records.writes import New
 
-        unknown = set(item) - _ITEM_KEYS
+        unknown = set(item) - ITEM_KEYS
         if unknown or "content" not in item:
-            names = sorted(_ITEM_KEYS - {"content", KEPT})
+            names = sorted(ITEM_KEYS - {"content", KEPT})
             raise ArgumentError(
                 f"item: content and of {', '.join(names)} wanted, got "
                 f"{', '.join(sorted(map(str, item)))}"
             )
-        metadata = _metadata(item.get("metadata"))
+        metadata = metadata_of(item.get("metadata"))
         kept: New | None = item.get(KEPT)
         text, content = (kept.text, kept.content) if kept else self._read(item["content"])
         importance = item.get("importance")
@@ -481,14 +489,14 @@ class DeclarativeMemory:
             content=content,
             metadata=metadata,
             at=now,
-            importance=0.5 if importance is None else _importance(importance),
-            thread=_thread(item.get("thread"), metadata),
-            source=_name("source", item.get("source"), metadata),
-            creator=_name("creator", item.get("creator"), metadata),
-            author=_author(_name("creator", item.get("creator"), metadata)),
-            derived_from=_names(item.get("derived_from") or ()),
-            acl=_acl(item.get("acl")),
-            expires_at=_expiry(item.get("ttl_s"), now),
+            importance=0.5 if importance is None else importance_of(importance),
+            thread=thread_of(item.get("thread"), metadata),
+            source=name_of("source", item.get("source"), metadata),
+            creator=name_of("creator", item.get("creator"), metadata),
+            author=author_of(name_of("creator", item.get("creator"), metadata)),
+            derived_from=names_of(item.get("derived_from") or ()),
+            acl=acl_of(item.get("acl")),
+            expires_at=expiry_of(item.get("ttl_s"), now),
             parents=kept.parents if kept else None,
             edges=kept.edges if kept else (),
             is_copy=kept is not None,
@@ -512,98 +520,3 @@ class DeclarativeMemory:
             raise NotFoundError(f"relation: no cube {id!r}")
         names = ", ".join(sorted(name for _, name in found))
         raise ArgumentError(f"relation: {id!r} names cubes of several memories: {names}")
-
-
-_ITEM_KEYS = {
-    *("content", "metadata", "parent_id", "relations", "importance", "ttl_s", "acl", "id"),
-    *("source", "creator", "derived_from", "thread", KEPT),
-}
-
-
-def _batches(items: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    batch: list[Mapping[str, Any]] = []
-    for item in items:
-        if not isinstance(item, Mapping):
-            raise ArgumentError(f"items: dicts with content wanted, got {type(item).__name__}")
-        batch.append(item)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _author(given: str | None) -> str | None:
-    """Who makes a version: the principal who acts, whatever the caller says."""
-    from memos.records.scope import acting
-
-    actor = acting.get()
-    return given if actor is None else actor.principal
-
-
-def _acl(value: Any) -> Any:
-    from memos.records.rights import checked_acl
-
-    return None if value is None else checked_acl(value)
-
-
-def _metadata(value: Mapping[str, Any] | None) -> dict[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ArgumentError(f"metadata: a dict wanted, got {type(value).__name__}")
-    return dict(value)
-
-
-def _importance(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ArgumentError(f"importance: a number from 0 to 1 wanted, got {value!r}")
-    return float(value)
-
-
-def _expiry(ttl_s: Any, now: float) -> float | None:
-    if ttl_s is None:
-        return None
-    if not isinstance(ttl_s, int | float) or isinstance(ttl_s, bool) or not ttl_s > 0:
-        raise ArgumentError(f"ttl_s: seconds above 0 wanted, got {ttl_s!r}")
-    return max(now + ttl_s, math.nextafter(now, math.inf))  # a tiny one is lost in the sum
-
-
-def _thread(given: Any, metadata: Mapping[str, Any]) -> str | None:
-    for value in (given, *(metadata.get(key) for key in _THREAD_KEYS)):
-        if isinstance(value, str | int) and not isinstance(value, bool):
-            return str(value)
-    return None
-
-
-def _name(what: str, given: Any, metadata: Mapping[str, Any]) -> str | None:
-    value = metadata.get(what) if given is None else given
-    if given is not None and not isinstance(given, str):
-        raise ArgumentError(f"{what}: a string wanted, got {given!r}")
-    return value if isinstance(value, str) else None
-
-
-def _names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise ArgumentError(f"derived_from: a list of ids wanted, got {value!r}")
-    return tuple(value)
-
-
-def _relation(edge: Any) -> Relation:
-    if isinstance(edge, Relation):
-        edge = {
-            "type": edge.type,
-            "target": edge.target,
-            "properties": edge.properties,
-            "weight": edge.weight,
-        }
-    if not isinstance(edge, Mapping) or not {"type", "target"} <= set(edge):
-        raise ArgumentError(f"relations: dicts with type and target wanted, got {edge!r}")
-    type_, target, weight = edge["type"], edge["target"], edge.get("weight", 1.0)
-    if not isinstance(type_, str) or not type_:
-        raise ArgumentError(f"relation.type: a string that is not empty wanted, got {type_!r}")
-    if not isinstance(target, str):
-        raise ArgumentError(f"relation.target: the id of a cube wanted, got {target!r}")
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
-        raise ArgumentError(f"relation.weight: a number above 0 wanted, got {weight!r}")
-    return Relation(type_, target, _metadata(edge.get("properties")), float(weight))

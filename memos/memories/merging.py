@@ -22,7 +22,7 @@ from memos.cube.merge import (
     same,
 )
 from memos.errors import ArgumentError
-from memos.memories.declarative import KEPT
+from memos.memories.items import KEPT
 from memos.memories.versions import Entry, entries, set_relations, write
 
 if TYPE_CHECKING:

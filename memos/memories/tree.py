@@ -13,7 +13,7 @@ from memos.cube import MemCube
 from memos.cube.identity import digest, new_id
 from memos.errors import ArgumentError, NotFoundError
 from memos.memories import documents
-from memos.memories.declarative import _author
+from memos.memories.items import author_of
 from memos.memories.tree_queries import TreeQueries
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class TreeTextMemory(TreeQueries):
             thread = memory_id if place is None else place.thread
             _, position = self.records.database.allocate(connection, 1)
             change = Change(move=True, parent=parent, position=position, thread=thread)
-            change.author = _author(author)
+            change.author = author_of(author)
             self.table.update(connection, seq, change, now)
             self._hand_down(connection, seq)
             return self._written(connection, seq, scope)

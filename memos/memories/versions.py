@@ -64,7 +64,7 @@ def one_history(memory: DeclarativeMemory, id: str) -> list[Entry]:
     """The versions of one cube. Raises NotFoundError."""
     with memory.records.database.read() as connection:
         seq = memory.table.ids(connection, [id]).get(id)
-        if seq is None:
+        if seq is None or seq not in memory.scope().readable_among(connection, [seq]):
             raise NotFoundError(f"memory {memory.name!r}: no cube {id!r}")
         found: list[Entry] = entries(connection, memory, [seq])[seq]
         return found
@@ -102,6 +102,8 @@ def rollback(
     with memory.records.database.write() as connection:
         scope = memory.scope()
         seq = memory.table.seq(connection, id, scope)
+        scope.check_cube(connection, "write", seq, id)
+        memory.wake(connection, [seq], scope.now)
         write(connection, memory, seq, wanted.body, author=author, source=f"version {version}")
         return memory.table.one(connection, seq, scope)
 
@@ -117,12 +119,14 @@ def write(
     parents: bytes = b"",
 ) -> None:
     """Make this body the last version of a cube; parent and rights aside."""
+    from memos.memories.items import author_of
+    from memos.records.scope import Scope
     from memos.records.writes import Change
 
-    now, scope = memory.now(), memory.scope()
-    old = memory.table.one(connection, seq, scope)
+    now = memory.now()
+    old = memory.table.one(connection, seq, Scope({}, now))
     last: Entry = entries(connection, memory, [seq])[seq][-1]
-    change = Change(author=author, source=source, parents=parents)
+    change = Change(author=author_of(author), source=source, parents=parents)
     is_new = (body.text, body.content) != (last.body.text, last.body.content)
     if is_new:
         memory._restore(connection, old, body.text, body.content, change)
@@ -171,7 +175,7 @@ def clone(
 ) -> MemCube:
     """A cube that begins with the last version of another one; see ``MOS.clone``."""
     from memos.cube.identity import new_id as unused_id
-    from memos.memories.declarative import KEPT
+    from memos.memories.items import KEPT
     from memos.records.writes import New
 
     if memory.kind != into.kind:
@@ -222,7 +226,7 @@ def branch(memory: DeclarativeMemory, name: str, author: str | None = None) -> D
     with records.database.write() as connection:
         try:
             new.bind(records)
-            found = copies.images(connection, memory.table, memory.now())
+            found = copies.images(connection, memory.table, memory.scope())
             fill(connection, memory, new, found, same_store=True)
             made = {"memory": new.table.memory, "source": memory.table.memory, "at": memory.now()}
             connection.execute(branches.insert(), made)
@@ -314,14 +318,17 @@ class Past:
                 f"as_of: a memory of kind {', '.join(KINDS)} wanted, got {memory.name!r} of kind "
                 f"{memory.kind}"
             )
+        from memos.records.scope import as_owner
+
         new = twin(memory, memory.name)
         new._clock = lambda: self.at
-        new.bind(self.records)
+        with as_owner():
+            new.bind(self.records)
         with memory.records.database.read() as reading:
             found = copies.images(
-                reading, memory.table, memory.now(), self.at, is_tree=memory.kind == "tree"
+                reading, memory.table, memory.scope(), self.at, is_tree=memory.kind == "tree"
             )
-            with self.records.database.write() as connection:
+            with as_owner(), self.records.database.write() as connection:
                 pending = fill(connection, memory, new, found, same_store=False, reading=reading)
                 ids = {
                     (name, id): seq

@@ -20,7 +20,7 @@ from memos.records.history import Edge, edges_of_json, kept
 from memos.records.life_schema import cold
 from memos.records.links import chunks, relate
 from memos.records.schema import CubeRow, cubes, facts, vectors, versions
-from memos.records.scope import DELETED
+from memos.records.scope import DELETED, Scope
 from memos.records.states import COLD
 from memos.records.trees import TITLES, context_below, title_of
 from memos.records.words import context_of
@@ -62,7 +62,7 @@ class Copy:
 def images(
     connection: Connection,
     table: CubeTable,
-    now: float,
+    scope: Scope,
     at: float | None = None,
     *,
     is_tree: bool = False,
@@ -70,7 +70,7 @@ def images(
     """The cubes of a memory that live.
 
     Args:
-        now: seconds since 1970; what has expired is left out.
+        scope: what has expired by its time, and what its principal may not read, is left out.
         at:  the cubes as they were then. None: as they are.
         is_tree: headings and roots are looked up for cubes as they were.
 
@@ -84,7 +84,8 @@ def images(
     ]
     found: list[Image] = []
     for part in chunks(seqs):
-        rows = list(table.rows(connection, part))
+        readable = scope.readable_among(connection, part)
+        rows = [row for row in table.rows(connection, part) if row.seq in readable]
         changed = [row.seq for row in rows if at is not None and row.updated_at > at]
         old: dict[int, Any] = {}
         for version in kept(connection, changed):
@@ -98,7 +99,9 @@ def images(
                 image = _as_of(image.row, old[row.seq])
             elif row.state == DELETED:
                 continue
-            if image.row.expires_at is None or image.row.expires_at > (now if at is None else at):
+            if image.row.expires_at is None or image.row.expires_at > (
+                scope.now if at is None else at
+            ):
                 found.append(image)
     if at is not None and is_tree:
         _place(found)
