@@ -271,3 +271,16 @@ def test_a_changed_history_is_found(tmp_path: Path) -> None:
         ):
             assert "version" in found_after(notes, damage), damage
         assert check(mos.records) == []
+
+
+def test_the_past_of_a_principal_holds_what_it_may_read(mos: MOS, clock: Clock) -> None:
+    mos.add("text", "The open plan", id="open")
+    mos.add("text", "The secret plan", id="secret", acl={"read": ["user:eve"]})
+    mos.grant("user:ann", "read", memory="text")
+    clock.now = 2000.0
+    mos.update("text", "open", "The new plan")
+    mos.update("text", "secret", "The dark plan")
+    ann, eve = mos.as_principal("user:ann"), mos.as_principal("user:eve")
+    assert [h.content for h in ann.retrieve("text", "plan", as_of=1500)] == ["The open plan"]
+    assert [h.content for h in eve.retrieve("text", "plan", as_of=1500)] == ["The secret plan"]
+    assert len(mos.retrieve("text", "plan", as_of=1500)) == 2
