@@ -6,42 +6,43 @@ import hmac
 import os
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from blake3 import blake3
 
-from memos.errors import ArgumentError, BackendError
+from memos.cube.sealing import KEY_BYTES, NONCE_BYTES, TAG_BYTES, cipher, hkdf
+from memos.errors import ArgumentError
 
-KEY_BYTES = 32
-TAG_BYTES = 16
-NONCE_BYTES = 12
+__all__ = [
+    "KEY_BYTES",
+    "NONCE_BYTES",
+    "TAG_BYTES",
+    "TenantKeys",
+    "Wraps",
+    "check_encryption_key",
+    "hkdf",
+    "token_bytes",
+]
 Buffer = bytes | bytearray | memoryview
 
 
-def hkdf(key: bytes, salt: bytes, info: bytes) -> bytes:
-    """32 bytes by HKDF-SHA256 (RFC 5869, one round)."""
-    return hmac.digest(hmac.digest(salt, key, "sha256"), info + b"\x01", "sha256")
+class Wraps(Protocol):
+    """A master key: it keeps the key of a folder wrapped."""
+
+    @property
+    def id(self) -> str:
+        """Names the master key; says nothing of it."""
+
+    def wrap(self, key: bytes, name: bytes) -> bytes: ...
+
+    def unwrap(self, wrapped: bytes, name: bytes) -> bytes | None: ...
 
 
-def check_encryption_key(key: bytes | None) -> None:
-    """Raise ArgumentError unless None or 32 bytes, BackendError where AES is not installed."""
-    if key is None:
+def check_encryption_key(key: bytes | Wraps | None) -> None:
+    """Raise ArgumentError unless None, a master key or 32 bytes, BackendError without AES."""
+    if key is None or (hasattr(key, "wrap") and hasattr(key, "unwrap")):
         return
-    if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-        got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
-        raise ArgumentError(f"encryption_key: {KEY_BYTES} bytes wanted, got {got}")
-    _aes(key)
-
-
-def _aes(key: bytes) -> Any:
-    try:
-        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-    except ImportError as error:
-        raise BackendError(
-            "encryption_key: the package 'cryptography' is not installed; "
-            "pip install 'memos-native[crypto]'"
-        ) from error
-    return AESGCM(key)
+    cipher(key, "encryption_key")
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
@@ -76,7 +77,7 @@ class TenantKeys:
         self._row = _derive(root, "memos.kv v1 session mac")
         self._cipher = None
         if encryption_key is not None:
-            self._cipher = _aes(_derive(root, "memos.kv v1 aes-256-gcm"))
+            self._cipher = cipher(_derive(root, "memos.kv v1 aes-256-gcm"))
 
     @property
     def encrypted(self) -> bool:

@@ -1,6 +1,7 @@
 """What lies in a store's folder besides segments and sessions.
 
-FORMAT               JSON: name, version, whether encrypted, and a check of the key
+FORMAT               JSON: name, version, whether encrypted, a check of the key, and where a
+                     master key opens it the key, wrapped
 LOCK                 flock by the one writer, its pid inside
 recency              a hint: keys, the least recently used first
 tenants/<id>/key     the tenant's secret and its check, 64 bytes, mode 0600
@@ -10,22 +11,25 @@ tenants/<id>/sessions.db
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
 
 from memos.errors import ArgumentError, StoreError
 from memos.kv import _files
-from memos.kv._crypto import KEY_BYTES, TenantKeys, hkdf
+from memos.kv._crypto import KEY_BYTES, TenantKeys, Wraps, hkdf
 
 FORMAT_NAME = "memos-kv"
 FORMAT_VERSION = 1
 ID_BYTES = 16
+_KEY_NAME = b"memos.kv folder"
 _RECENCY_MAGIC = b"MEMOSLRU"
 _OWN_NAMES = {"FORMAT", "LOCK", "recency", "tenants"}
 
@@ -33,10 +37,17 @@ _OWN_NAMES = {"FORMAT", "LOCK", "recency", "tenants"}
 class Folder:
     """Paths and small files of one store. Not thread-safe: the store's write lock guards it."""
 
-    def __init__(self, path: Path, encryption_key: bytes | None, durable: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        encryption_key: bytes | None,
+        durable: bool,
+        wrapped: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
         self.tenants = path / "tenants"
         self._encryption_key = encryption_key
+        self._wrapped = dict(wrapped or {})
         self._durable = durable
         self._name_key = b"memos.kv"
         if encryption_key is not None:
@@ -106,7 +117,22 @@ class Folder:
             "version": FORMAT_VERSION,
             "encrypted": key is not None,
             "key_check": check,
+            **self._wrapped,
         }
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether a master key keeps the key of this folder."""
+        return bool(self._wrapped)
+
+    def rewrap(self, master: Wraps) -> None:
+        """Keep the key of the folder under another master key."""
+        assert self._encryption_key is not None
+        self._wrapped = _wrapped(self._encryption_key, master)
+        text = json.dumps(self._format(), indent=1) + "\n"
+        with _files.explained("change the key", self.path):
+            path = self.path / "FORMAT"
+            _files.write_file(path, text.encode(), durable=self._durable, mode=0o644)
 
     # Tenants
 
@@ -200,6 +226,39 @@ class Folder:
             return []
         start = len(_RECENCY_MAGIC)
         return [body[i : i + KEY_BYTES] for i in range(start, len(body), KEY_BYTES)]
+
+
+def folder_key(path: Path | None, master: Wraps) -> tuple[bytes, dict[str, str]]:
+    """The key of a folder that a master key opens, and what FORMAT says of it; new where there is
+    no folder yet.
+
+    Raises StoreError where the master key is another one.
+    """
+    try:
+        found = None if path is None else json.loads((path / "FORMAT").read_bytes())
+    except FileNotFoundError:
+        found = None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: FORMAT cannot be read: {error}") from error
+    if found is None:
+        key = secrets.token_bytes(KEY_BYTES)
+        return key, _wrapped(key, master)
+    if not isinstance(found, dict) or not found.get("wrapped_key"):
+        raise StoreError(f"{path}: its key is not kept under a master key, but one was given")
+    if found.get("master") != master.id:
+        raise StoreError(
+            f"{path}: encrypted under the master key {found.get('master')}, got {master.id}"
+        )
+    opened = None
+    with contextlib.suppress(ValueError, TypeError):
+        opened = master.unwrap(bytes.fromhex(found["wrapped_key"]), _KEY_NAME)
+    if opened is None:
+        raise StoreError(f"{path}: damaged, its key does not open")
+    return opened, {name: found[name] for name in ("master", "wrapped_key")}
+
+
+def _wrapped(key: bytes, master: Wraps) -> dict[str, str]:
+    return {"master": master.id, "wrapped_key": master.wrap(key, _KEY_NAME).hex()}
 
 
 def tenant_id(name: str, name_key: bytes = b"memos.kv") -> bytes:

@@ -14,8 +14,8 @@ from typing import Any
 
 from memos.errors import ArgumentError, NotFoundError, StoreError
 from memos.kv import _files
-from memos.kv._crypto import KEY_BYTES, TenantKeys, check_encryption_key
-from memos.kv._folder import Folder, tenant_id
+from memos.kv._crypto import KEY_BYTES, TenantKeys, Wraps, check_encryption_key
+from memos.kv._folder import Folder, folder_key, tenant_id
 from memos.kv._state import State
 from memos.kv.policy import make_policy
 from memos.kv.tenant import Tenant
@@ -37,7 +37,8 @@ class KVStore:
         disk_bytes:     quota of the frames on disk, those being written included. Sessions and
             the file "recency" are not counted.
         policy:         what goes first when a quota is full: "lru".
-        encryption_key: 32 bytes: payloads and sessions are encrypted with AES-256-GCM.
+        encryption_key: 32 bytes, or a MasterKey that keeps such a key wrapped in the folder:
+            payloads and sessions are encrypted with AES-256-GCM.
         clock:          seconds since 1970.
         wait_s:         how long to wait for another writer to leave.
         durable:        a change that returned survives a power cut; else only a killed process.
@@ -57,7 +58,7 @@ class KVStore:
         host_bytes: int = 1 << 30,
         disk_bytes: int = 16 << 30,
         policy: str = "lru",
-        encryption_key: bytes | None = None,
+        encryption_key: bytes | Wraps | None = None,
         clock: Callable[[], float] = time.time,
         wait_s: float = 0.0,
         durable: bool = True,
@@ -71,12 +72,15 @@ class KVStore:
         self.path = None if path is None else Path(path)
         self._tenants: dict[bytes, Tenant] = {}
         self._damaged: dict[bytes, str] = {}  # tenants without a usable key, and why
+        wrapped = None
+        if encryption_key is not None and not isinstance(encryption_key, bytes):
+            encryption_key, wrapped = folder_key(self.path, encryption_key)
         self._encryption_key = encryption_key
         self._folder: Folder | None = None
         self._folder_lock: _files.FolderLock | None = None
         disk = None
         if self.path is not None:
-            self._folder = Folder(self.path, encryption_key, durable)
+            self._folder = Folder(self.path, encryption_key, durable, wrapped)
             disk = DiskTier(disk_bytes, make_policy(policy), durable)
         host = HostTier(host_bytes, make_policy(policy))
         writable = mode == "rw" or path is None
@@ -266,6 +270,25 @@ class KVStore:
             for id in self._damaged:
                 report.add_bad(self._folder.tenant_folder(id) / "key", 0, "key file")
         return report
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether nothing on a disk can be read without a key."""
+        return self.path is None or self._encryption_key is not None
+
+    def change_master_key(self, master: Wraps) -> None:
+        """Keep the key of the folder under another master key, which opens it from then on.
+
+        Raises ArgumentError where the folder has no key that a master key keeps.
+        """
+        state = self._state
+        with state.write_lock:
+            state.check_writable()
+            if self._folder is None or not self._folder.is_wrapped:
+                raise ArgumentError(
+                    "master: a folder that was made with encryption_key=MasterKey wanted"
+                )
+            self._folder.rewrap(master)
 
     def sweep(self) -> int:
         """Remove blocks and sessions whose time is over; returns how many. ``put`` does it too."""

@@ -16,10 +16,12 @@ from memos.cube import MemCube, Version
 from memos.cube.identity import adapters_of, canonical
 from memos.errors import ArgumentError, NotFoundError
 from memos.kernels.codec import Codec
-from memos.kv.sessions import Session
+from memos.kv.sessions import LIST, Session
 from memos.kv.store import KVStore
+from memos.memories import kv_rights
 
 if TYPE_CHECKING:
+    from memos.kv._crypto import Wraps
     from memos.kv.cache import MemosCache
     from memos.kv.identity import KVIdentity
     from memos.kv.tenant import Tenant
@@ -95,7 +97,7 @@ class KVCacheMemory:
         host_bytes: int = 1 << 30,
         disk_bytes: int = 16 << 30,
         policy: str = "lru",
-        encryption_key: bytes | None = None,
+        encryption_key: bytes | Wraps | None = None,
         mode: str = "rw",
         durable: bool = True,
         revision: str = "",
