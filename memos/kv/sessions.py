@@ -22,6 +22,8 @@ from typing import Any
 from memos.errors import ArgumentError, StoreError
 from memos.kv._crypto import KEY_BYTES, TenantKeys, token_bytes
 
+LIST = "kv_acl"  # metadata of a session: who has rights on it; no turn changes it
+
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS sessions (
     id BLOB PRIMARY KEY, meta BLOB NOT NULL, body BLOB NOT NULL,

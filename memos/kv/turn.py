@@ -15,7 +15,7 @@ from memos.kv.frame import ZERO_KEY
 from memos.kv.identity import KVIdentity
 from memos.kv.model import ModelShape
 from memos.kv.payload import block_payloads, check_cache, load_cache, tail_payload
-from memos.kv.sessions import Session
+from memos.kv.sessions import LIST, Session
 from memos.kv.tenant import Entry, Tenant
 
 
@@ -40,6 +40,7 @@ class Archive:
             turn. None: until they are evicted or deleted.
         adapters: what says which adapters a forward pass computes with: its caches refuse others
             than those that ``identity`` was made under.
+        restorable: how many of these first tokens may be restored; None: all.
     """
 
     tenant: Tenant
@@ -50,6 +51,7 @@ class Archive:
     ttl_s: float | None = None
     clock: Callable[[], float] = time.time
     adapters: Callable[[], str] | None = None
+    restorable: Callable[[list[int]], int] | None = None
 
     def new_cache(self) -> MemosCache:
         """An empty cache whose blocks can be stored."""
@@ -76,6 +78,8 @@ class Archive:
         identity, P = self.identity, self.identity.block_tokens
         cache = self.new_cache()
         ids = ids[: self._limit(len(ids))]
+        if self.restorable is not None:
+            ids = ids[: self.restorable(ids)]
         keys = self.tenant.block_keys(ids, identity)
         tokens, n = ids, len(keys)
         tail_tokens = 0
@@ -287,7 +291,7 @@ class Turn:
             self._outputs[cache, row] = self._sequence(output, row, cache)
         if not cache.is_mixed and (cache, row) in self._outputs:
             one.set_tokens(self._outputs[cache, row])
-        self._metadata.update(metadata or {})
+        self._metadata.update({k: v for k, v in (metadata or {}).items() if k != LIST})
         archive = self._archive
         session, self.new_blocks = archive.store(self.session, one, self._metadata)
         self.stored_tokens = len(session.token_ids)

@@ -161,6 +161,7 @@ class KVCacheMemory:
             durable=durable,
         )
         self._tenant = self.store.tenant(tenant)
+        self.observer: Any = None  # told of what is read and written
 
     def __enter__(self) -> KVCacheMemory:
         return self
@@ -183,6 +184,7 @@ class KVCacheMemory:
         batch: int = 1,
         user: str | None = None,
         metadata: dict[str, Any] | None = None,
+        acl: Any = None,
     ) -> Turn:
         """Begin a turn: restore the longest verified prefix of the prompt.
 
@@ -192,6 +194,7 @@ class KVCacheMemory:
             batch:     rows that generate will run: max(num_beams, num_return_sequences).
             user:      whose session it is, for ``retrieve("user:ID")``; default: the session.
             metadata:  JSON items to keep with the session.
+            acl:       of a new session: who has rights on it, as ``mos.add`` takes it.
 
         Returns:
             A Turn: ``model.generate(**turn.inputs, ...)``, then ``turn.commit(output)``.
@@ -199,6 +202,7 @@ class KVCacheMemory:
         Raises:
             ArgumentError: no tokens, ids outside the vocabulary, or ids that stand for an image
                 or sound, whose K and V the ids do not determine.
+            AccessError: the principal may not write the session, or the memory for a new one.
 
         Cost: with 64 blocks of 30 layers restored a few milliseconds, the reading of the blocks
             included; they are unpacked in the forward pass.
@@ -214,14 +218,23 @@ class KVCacheMemory:
         if not ids:
             raise ArgumentError("token_ids: at least one token wanted, got none")
         self._check_ids(ids)
+        known = self._tenant.session(session)
+        kv_rights.check(self.name, "write", known)
         items = dict(_checked(metadata), **({} if user is None else {"user_id": user}))
+        items |= kv_rights.listed(acl) if known is None else {}
         device = self._device_of(token_ids)
+        self._tell(session, "begin")
         return Turn(self._archive(), session, ids, batch=batch, metadata=items, device=device)
 
     # The memory, as every memory.
 
     def add(
-        self, content: Any, metadata: dict[str, Any] | None = None, *, id: str | None = None
+        self,
+        content: Any,
+        metadata: dict[str, Any] | None = None,
+        *,
+        id: str | None = None,
+        acl: Any = None,
     ) -> MemCube:
         """Store a cache under a new session.
 
@@ -231,14 +244,18 @@ class KVCacheMemory:
                 returned sequence), or a Turn (which is committed).
             metadata: JSON; "user_id" makes ``retrieve("user:ID")`` find it.
             id:       of the session; default: a new one.
+            acl:      who has rights on it; default: who has them on the memory.
 
         Returns:
             The cube as ``retrieve`` gives it.
 
         Raises:
             ArgumentError: a cache without token ids, of another model, or an id that exists.
+            AccessError: the principal may not write this memory.
         """
         from memos.kv.turn import Turn
+
+        kv_rights.check(self.name, "write", None)
 
         if isinstance(content, Turn):
             if id not in (None, content.session):
@@ -246,7 +263,8 @@ class KVCacheMemory:
             return self._cube(content.commit(metadata=_checked(metadata)))
         if id is not None and self._tenant.session(id) is not None:
             raise ArgumentError(f"id: a new one wanted, got {id!r}, which exists; use update")
-        return self._save(id or uuid.uuid4().hex, content, _checked(metadata))
+        items = {**_checked(metadata), **kv_rights.listed(acl)}
+        return self._save(id or uuid.uuid4().hex, content, items)
 
     def retrieve(
         self, query: Any, limit: int = 5, *, filters: dict[str, Any] | None = None
@@ -283,6 +301,7 @@ class KVCacheMemory:
         else:
             found = self._tenant.session(name)
             sessions = [found] if found and wanted.items() <= found.metadata.items() else []
+        sessions = kv_rights.seen(self.name, sessions)
         cubes: list[MemCube] = []
         for session in sessions:
             if len(cubes) == limit:
@@ -298,7 +317,20 @@ class KVCacheMemory:
 
     def has(self, memory_id: str) -> bool:
         """Whether there is such a session."""
-        return self._tenant.session(memory_id) is not None
+        session = self._tenant.session(memory_id)
+        return session is not None and kv_rights.may(self.name, "read", session)
+
+    def shows_any(self) -> bool:
+        """Whether there is a session that whoever acts may read."""
+        return bool(kv_rights.seen(self.name, self._tenant.sessions()))
+
+    def list_of(self, memory_id: str) -> dict[str, Any] | None:
+        """Who has rights on a session; None: who has them on the memory. Raises NotFoundError."""
+        session = self._tenant.session(memory_id)
+        if session is None:
+            raise NotFoundError(f"memory {self.name!r}: no session {memory_id!r}")
+        found: dict[str, Any] | None = session.metadata.get(LIST)
+        return found
 
     def history(self, memory_id: str) -> list[Version]:
         """One entry: a cache replaces the one before. Raises NotFoundError."""
@@ -307,7 +339,7 @@ class KVCacheMemory:
             Version(
                 number=1,
                 content=None,
-                metadata=dict(session.metadata),
+                metadata=kv_rights.without_list(session.metadata),
                 state="CREATED",
                 importance=0.5,
                 author=None,
@@ -319,16 +351,27 @@ class KVCacheMemory:
 
     def _session(self, memory_id: str) -> Session:
         session = self._tenant.session(memory_id)
-        if session is None:
+        if session is None or not kv_rights.may(self.name, "read", session):
             raise NotFoundError(f"memory {self.name!r}: no session {memory_id!r}")
         return session
 
     def update(
-        self, memory_id: str, content: Any = None, metadata: dict[str, Any] | None = None
+        self,
+        memory_id: str,
+        content: Any = None,
+        metadata: dict[str, Any] | None = None,
+        *,
+        acl: Any = None,
+        author: str | None = None,
     ) -> MemCube:
-        """Replace a session's cache, or add metadata items, or both. Raises NotFoundError."""
+        """Replace a session's cache, add metadata items, or change who has rights on it.
+
+        Raises NotFoundError, AccessError. ``author`` is not kept: a cache has no versions.
+        """
         session = self._session(memory_id)
-        items = {**session.metadata, **_checked(metadata)}
+        kv_rights.check(self.name, "write" if acl is None else "admin", session)
+        items = {**session.metadata, **_checked(metadata), **kv_rights.listed(acl)}
+        self._tell(memory_id, "write")
         if content is None:
             return self._cube(
                 self._tenant.save_session(dataclasses.replace(session, metadata=items))
@@ -337,11 +380,15 @@ class KVCacheMemory:
 
     def delete(self, memory_id: str) -> None:
         """Remove a session, and its blocks that no other session uses. Raises NotFoundError."""
+        if kv_rights.actor() is not None:
+            kv_rights.check(self.name, "write", self._session(memory_id))
+        self._tell(memory_id, "delete")
         self._tenant.delete_session(memory_id)
 
     def sessions(self) -> list[str]:
-        """Ids of all sessions, newest first."""
-        return [session.id for session in self._tenant.sessions()]
+        """Ids of all sessions that may be read, newest first."""
+        found = kv_rights.seen(self.name, self._tenant.sessions())
+        return [session.id for session in found]
 
     def clear(self) -> int:
         """Remove every session and every block of the tenant; returns how many blocks."""
@@ -349,10 +396,14 @@ class KVCacheMemory:
 
     def pin(self, memory_id: str, pinned: bool = True) -> None:
         """While a session is pinned its blocks are never evicted. Raises NotFoundError."""
+        if kv_rights.actor() is not None:
+            kv_rights.check(self.name, "write", self._session(memory_id))
         self._tenant.pin(memory_id, pinned)
 
     def stats(self) -> dict[str, Any]:
-        """The store's figures."""
+        """The store's figures; to a principal how many sessions it may read."""
+        if kv_rights.actor() is not None:
+            return {"sessions": len(kv_rights.seen(self.name, self._tenant.sessions()))}
         return self.store.stats()
 
     def close(self) -> None:
@@ -415,7 +466,14 @@ class KVCacheMemory:
                 ttl_s=self.ttl_s,
                 clock=self._clock,
                 adapters=None if self._model is None else partial(adapters_of, self._model),
+                restorable=None
+                if kv_rights.actor() is None
+                else partial(kv_rights.restorable, self.name, self._tenant),
             )
+
+    def _tell(self, id: str, what: str = "read") -> None:
+        if self.observer is not None:
+            self.observer.used(self.name, {id: 1}, what)
 
     def _check_ids(self, ids: list[int]) -> None:
         vocab, foreign = self._shape.vocab_size, self._shape.foreign_ids
@@ -434,17 +492,20 @@ class KVCacheMemory:
         restored = archive.restore(ids, None, self._device_of(token_ids))
         if not restored.tokens:
             return []
+        self._tell("prefix")
         key = archive.tenant.block_keys(restored.cache.token_ids, archive.identity)[-1]
         return [self._made(f"prefix:{key.hex()[:16]}", restored, {}, archive)]
 
     def _cube(self, session: Session) -> MemCube:
         archive = self._archive()
+        self._tell(session.id)
         restored = archive.restore(session.token_ids, session, self._device_of())
         return self._made(
             session.id,
             restored,
-            {k: v for k, v in session.metadata.items() if k != _LEARNT},
+            {k: v for k, v in session.metadata.items() if k not in (_LEARNT, LIST)},
             archive,
+            acl=kv_rights.shown_list(self.name, session),
             created_at=session.created_at,
             updated_at=session.updated_at,
         )
@@ -530,8 +591,11 @@ class KVCacheMemory:
         return made
 
 
+_RESERVED = (*_ON_CUBES, _LEARNT, LIST)
+
+
 def _checked(metadata: dict[str, Any] | None) -> dict[str, Any]:
     if metadata is not None and not isinstance(metadata, Mapping):
         raise ArgumentError(f"metadata: a dict wanted, got {type(metadata).__name__}")
     canonical(dict(metadata or {}), "metadata")
-    return {k: v for k, v in (metadata or {}).items() if k not in (*_ON_CUBES, _LEARNT)}
+    return {k: v for k, v in (metadata or {}).items() if k not in _RESERVED}

@@ -96,7 +96,8 @@ class ParametricMemory(DeclarativeMemory):
         self._layout: SlabLayout | None = None
         self._base: dict[str, str] | None = None  # fingerprint of the attached model
         self._attach_lock = threading.RLock()
-        self._known: dict[str, tuple[int, MemCube]] = {}  # by name: as of which change
+        # By principal and name: as of which change.
+        self._known: dict[tuple[Any, str], tuple[int, MemCube]] = {}
 
     def close(self) -> None:
         """Detach from the model and give back what this memory holds."""
@@ -211,11 +212,17 @@ class ParametricMemory(DeclarativeMemory):
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """While an adapter is pinned it is not evicted. Raises NotFoundError."""
+        scope = self.scope()
+        if scope.rights is not None:
+            cube = self.named(name)
+            with self.records.database.read() as connection:
+                seq = self.table.seq(connection, cube.id, scope)
+                scope.check_cube(connection, "write", seq, cube.id)
         self._ready().pin(self._digest(name), pinned)
 
     def stats(self) -> dict[str, Any]:
         """Cubes and vectors; disk: bytes stored; and, while attached, the tiers of the pool."""
-        if importlib.util.find_spec("torch") is None:
+        if importlib.util.find_spec("torch") is None or self.scope().rights is not None:
             return super().stats()
         more = {} if self._pool is None else self._pool.stats()
         return {**super().stats(), "disk": self.files.stats(), **more}
@@ -477,12 +484,17 @@ class ParametricMemory(DeclarativeMemory):
         if not isinstance(name, str):
             raise ArgumentError(f"name: of an adapter, or None, wanted, got {name!r}")
         change = self.records.database.last_change()
-        known = self._known.get(name)
+        rights = self.scope().rights
+        asked = (None if rights is None else rights.key, name)
+        known = self._known.get(asked)
         over = known and known[1].expires_at
         if known is None or known[0] != change or (over and over <= self._clock()):
-            known = self._known[name] = (change, self.named(name))
+            known = self._known[asked] = (change, self.named(name))
             if len(self._known) > _KEPT:
                 self._known.pop(next(iter(self._known)), None)
+        elif self.records.database.observer is not None:
+            cube = known[1]
+            self.records.database.observer.used(self.name, {cube.id: cube.versions}, "use")
         content = known[1].content
         if self._attachment is not None:
             self._check_base(name, content.get("base"))
@@ -492,7 +504,8 @@ class ParametricMemory(DeclarativeMemory):
         if not isinstance(name, str) or not name:
             raise ArgumentError(f"name: a string that is not empty wanted, got {name!r}")
         with self.records.database.read() as connection:
-            scope = dataclasses.replace(self.scope({"name": name}), archived=True)
+            # Also a name that the caller may not see: who may see both would get either.
+            scope = dataclasses.replace(self.scope({"name": name}), archived=True, rights=None)
             if self.table.recent(connection, scope, 1):
                 raise ArgumentError(
                     f"name: a new one wanted, got {name!r}, which another adapter has; use update"
