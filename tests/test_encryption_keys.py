@@ -385,6 +385,33 @@ def test_the_key_of_a_cube_is_destroyed(tmp_path: Path) -> None:
         assert mos.get(ids[3]).importance == 0.25
 
 
+def test_a_purge_destroys_the_keys(tmp_path: Path) -> None:
+    with opened(tmp_path) as mos:
+        people = mos.register_memory(GraphMemory("people", embedder=Embedder()))
+        node = {"type": "node", "label": "Person", "properties": {"name": "Ann"}}
+        gone = [mos.add("notes", "text", {"n": 1}, id="gone"), people.add(node)]
+        mos.update("notes", "gone", "text two")
+        mos.add("notes", "stays", id="stays")
+    wrapped = dict(rows(tmp_path, "SELECT owner, wrapped FROM sealed_keys"))
+    data = rows(tmp_path, "SELECT owner, data FROM sealed_rows WHERE owner > 0")
+    with opened(tmp_path) as mos:
+        for cube in gone:
+            mos.purge(cube.id)
+        assert contents(mos) == {"stays"}
+        assert check(mos.records) == []
+        files = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+        stays = mos.memory("notes").table
+        with mos.records.database.read() as connection:
+            kept = stays.ids(connection, ["stays"])["stays"]
+    for owner, blob in data:
+        assert (blob in files) == (owner == kept)
+    for owner, key in wrapped.items():
+        assert (key in files) == (owner <= 0 or owner == kept)
+    with opened(tmp_path) as mos:
+        assert contents(mos) == {"stays"}
+        assert check(mos.records) == []
+
+
 def test_the_key_of_a_memory_is_destroyed(tmp_path: Path) -> None:
     filled(tmp_path)
     with opened(tmp_path) as mos:
