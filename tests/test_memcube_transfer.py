@@ -334,10 +334,11 @@ def test_vectors_of_the_same_embedder_stay(tmp_path: Path) -> None:
         assert vectors_in(one, name) == vectors_in(two, name) != {}
 
 
-def test_vectors_of_another_embedder_are_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_vectors_of_another_embedder_are_made_again(tmp_path: Path, on_disk: bool) -> None:
     one = filled(embedder=Embedder("one"))
     other = Embedder("two")
-    two = opened(embedder=other)
+    two = opened(tmp_path / "two" if on_disk else None, embedder=other)
     report = moved(one, tmp_path, two)[1]
     assert report.memories["notes"].vectors == "re-embedded"
     assert other.texts > 0

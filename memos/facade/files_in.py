@@ -18,7 +18,7 @@ from memos.memories.stored import checker
 from memos.records.schema import cubes, embedders
 from memos.records.scope import acting
 from memos.records.transfer import Embedder, MemoryInfo, parse_infos
-from memos.records.transfer_in import Counts, Target, import_memory
+from memos.records.transfer_in import Counts, Target, contents_from, import_memory
 from memos.records.transfer_links import link, link_waiting
 
 if TYPE_CHECKING:
@@ -82,12 +82,18 @@ class Import:
                 self.records.forget(name)
             self.made.clear()
             raise
-        for memory in (self.memories.get(name) for name in report.memories):
-            if getattr(memory, "storage_backend", "") == "neo4j":
-                memory.synchronise()  # type: ignore[union-attr]
+        for one in infos:
+            self._settle(self.made.get(one.name) or self.memories[one.name], one)
         if self.progress is not None:
             self.progress(self.total, self.total)
         return report
+
+    def _settle(self, memory: Any, info: MemoryInfo) -> None:
+        """After the commit: what a memory object knows of its cubes."""
+        if info.kind == "vector" and memory.dim is None and info.embedder is not None:
+            memory.dim = info.embedder.dim
+        if getattr(memory, "storage_backend", "") == "neo4j":
+            memory.synchronise()
 
     def _tell(self, num_bytes: int) -> None:
         self.done += num_bytes
@@ -172,7 +178,7 @@ class Import:
             link_waiting(connection, target.table, first)
         for info, target, first in targets:
             if info.kind == "parametric":
-                self._parametric(info, target, first, set(adapters), report)
+                self._parametric(connection, info, target, first, set(adapters), report)
 
     def _next(self, connection: Connection) -> int:
         from memos.records.trees import next_seq
@@ -226,10 +232,11 @@ class Import:
             kind=info.kind,
             is_new=connection.execute(some).first() is None,
             check=checker(info.kind, getattr(memory, "dim", None)),
-            maker=maker,
-            encode=memory.embedded.encode,
+            encode=memory.embedded.made,
         )
         target.vectors = self._vectors(memory, info, maker)
+        if target.vectors == "make" and maker is None:
+            target.maker = _local(memory)
         return target
 
     def _vectors(self, memory: DeclarativeMemory, info: MemoryInfo, maker: Embedder | None) -> str:
@@ -237,19 +244,16 @@ class Import:
         if info.kind == "vector":
             _check_vectors(memory, info, maker)
             return "keep"
-        embedder = memory.embedded.embedder
-        local = None if embedder is None else (embedder.identity, embedder.dim)
-        file = info.embedder
+        file, local = info.embedder, _local(memory)
         if maker is not None:
-            if file is not None and file == maker:
+            if file == maker:
                 return "keep"
-            return "make" if local == (maker.identity, maker.dim) else "drop"
+            return "make" if local == maker else "drop"
         if file is None:
             # A memory without vectors stays one, unless somebody said who makes them.
             given = info.name not in self.restored and info.name not in self.made
             return "make" if given and local is not None else "keep"
-        mine = (file.identity, file.dim) == local and file.dtype == memory.embedded.dtype
-        return "keep" if local is None or mine else "make"
+        return "keep" if local in (None, file) else "make"
 
     def _report(self, info: MemoryInfo, target: Target, counts: Counts) -> MemoryReport:
         told = {"keep": "kept", "make": "re-embedded", "drop": "dropped"}[target.vectors]
@@ -267,18 +271,23 @@ class Import:
     # Adapters.
 
     def _parametric(
-        self, info: MemoryInfo, target: Target, first: int, adapters: set[str], report: Imported
+        self,
+        connection: Connection,
+        info: MemoryInfo,
+        target: Target,
+        first: int,
+        adapters: set[str],
+        report: Imported,
     ) -> None:
         memory = self.made.get(info.name) or self.memories[info.name]
         wanted: set[str] = set()
-        for seq, content in self.records.contents(target.table.memory):
-            if seq >= first:
-                wanted.add(content["digest"])
+        for content in contents_from(connection, target.table.memory, first):
+            wanted.add(content["digest"])
         for digest in sorted(wanted):
             if digest not in adapters:
                 raise StoreError(f"adapter {digest}: its files wanted, but there are none")
             self._put(memory, digest)
-        report.rebuild += _foreign(memory, info.name, first)
+        report.rebuild += _foreign(connection, memory, first)
 
     def _put(self, memory: Any, digest: str) -> None:
         names = {file: adapter_name(digest, file) for file in (CONFIG, MODEL)}
@@ -352,6 +361,15 @@ def _deletion(tenant: Any, id: str) -> Callable[[], object]:
     return lambda: tenant.delete_session(id)
 
 
+def _local(memory: DeclarativeMemory) -> Embedder | None:
+    """What makes the vectors of a memory here."""
+    embedded = memory.embedded
+    if embedded.embedder is None:
+        return None
+    maker = embedded.embedder
+    return Embedder(maker.identity, maker.dim, embedded.metric, embedded.dtype)
+
+
 def _check_vectors(memory: Any, info: MemoryInfo, maker: Embedder | None) -> None:
     """Raise ArgumentError where vectors of a VectorMemory, its content, do not fit another."""
     file = info.embedder
@@ -374,13 +392,12 @@ def _difference(file: Any, here: Any) -> str:
     return f"made for another model or layout: {', '.join(n for n in other if n != 'digest')}"
 
 
-def _foreign(memory: Any, name: str, first: int) -> list[Rebuild]:
+def _foreign(connection: Connection, memory: Any, first: int) -> list[Rebuild]:
     """Adapters of new cubes whose base is not the model that the memory is attached to."""
     found = []
     table, scope = memory.table, memory.scope()
-    with memory.records.database.read() as connection:
-        seqs = [s for s in table.recent(connection, scope, newest_first=False) if s >= first]
-        loaded = table.load(connection, seqs, scope)
+    seqs = [s for s in table.recent(connection, scope, newest_first=False) if s >= first]
+    loaded = table.load(connection, seqs, scope)
     for seq in seqs:
         cube = loaded.get(seq)
         base = None if cube is None else cube.content.get("base")
@@ -392,7 +409,7 @@ def _foreign(memory: Any, name: str, first: int) -> list[Rebuild]:
         why = "made for another base model" if fits is False else "no model is attached to say"
         found.append(
             Rebuild(
-                memory=name,
+                memory=memory.name,
                 id=cube.id,
                 kind="parametric",
                 why=why,

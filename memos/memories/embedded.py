@@ -90,6 +90,13 @@ class Embedded:
         A text that was embedded before, in any memory of the store, is not embedded again; by a
         function without an identity it is.
         """
+        found = self.made(texts)
+        if texts and self.embedder is not None:
+            self.opened(self.embedder.dim, self.embedder.identity)
+        return found
+
+    def made(self, texts: Sequence[str]) -> list[Encoded]:
+        """As ``encode``, where the caller knows whose vectors this memory has."""
         embedder = self.embedder
         if embedder is None or not texts:
             return [(None, None)] * len(texts)
@@ -110,7 +117,6 @@ class Embedded:
             if is_kept:
                 cache.put_many({digests[text]: data for text, data in fresh.items()})
             known |= fresh
-        self.opened(embedder.dim, embedder.identity)
         size = self._size()
         return [(known[text][:size], known[text][size:] or None) for text in texts]
 
@@ -154,8 +160,8 @@ class Embedded:
             tokens = [numpy.packbits(each > 0, axis=1).tobytes() for each in words]
         else:
             arrays = embedder.embed(texts, "document")
-        rows = self.opened(embedder.dim, embedder.identity).encode(arrays)
-        return [row + signs for row, signs in zip(rows, tokens, strict=True)]
+        numbers = numpy.ascontiguousarray(arrays, f"<f{4 if self.dtype == 'float32' else 2}")
+        return [row.tobytes() + signs for row, signs in zip(numbers, tokens, strict=True)]
 
     def query(self, text: str) -> Any:
         """The query's vector, float32 [dim]; None where nothing was embedded."""

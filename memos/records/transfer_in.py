@@ -7,7 +7,7 @@ the members are read, so that nothing of a file that is damaged, or lies, is eve
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,7 @@ class Target:
         is_new: it has no cubes.
         check:  raises ArgumentError for (kind, text, content) that is none of this memory's.
         vectors: "keep": as the file has them, made by ``maker``; "make": by ``encode``; "drop".
-        maker:  what has made, or will have made, the vectors of the memory.
+        maker:  where they are made: by what.
         encode: texts to vectors and signs of their tokens, as they are stored.
     """
 
@@ -159,8 +159,9 @@ class _Import:
             outbox.prepare(self.connection)
         change, first = self.table.database.allocate(self.connection, info.numbers)
         self.change, self.first = change, first
-        if info.embedder is not None and self.target.vectors == "keep":
-            self._set_maker(info.embedder)
+        maker = info.embedder if self.target.vectors == "keep" else self.target.maker
+        if maker is not None:
+            self._set_maker(maker)
         read = 0
         for part in range(1, info.parts + 1):
             read += self._part(part)
@@ -474,6 +475,13 @@ class _Import:
             self.connection.exec_driver_sql(_SET_PARENT, new)
 
 
+def contents_from(connection: Connection, memory: int, first: int) -> Iterator[Any]:
+    """The content of every version of the cubes of a memory from number ``first`` on."""
+    for statement in _CONTENTS:
+        for (content,) in connection.exec_driver_sql(statement, (memory, first)):
+            yield json.loads(content)
+
+
 def _size(version: VersionFields) -> int:
     """About how many bytes it takes."""
     return len(version.text) + len(version.content or "") + len(version.metadata) + 1000
@@ -497,4 +505,10 @@ _INSERT_FACTS = _insert("facts", [column.name for column in facts.columns])
 _INSERT_VECTORS = _insert("vectors", ("seq", "memory", "data", "tokens", "change"))
 _INSERT_COLD = _insert("cold", ("seq", "memory", "change"))
 _INSERT_RELATION = _insert(relations.name, ("source", "type", "target", "weight", "properties"))
+_CONTENTS = (
+    "SELECT content FROM cubes WHERE memory + 0 = ? AND seq >= ? AND content IS NOT NULL",
+    "SELECT bodies.content FROM cubes JOIN versions ON versions.seq = cubes.seq JOIN bodies "
+    "ON bodies.digest = versions.body WHERE memory + 0 = ? AND cubes.seq >= ? "
+    "AND bodies.content IS NOT NULL",
+)
 _SET_PARENT = "UPDATE cubes SET parent = ?, digest = ? WHERE seq = ?"
