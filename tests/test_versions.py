@@ -11,7 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memos import MOS, GeneralTextMemory, GraphMemory, TreeTextMemory, VectorMemory
+from memos import (
+    MOS,
+    GeneralTextMemory,
+    GraphMemory,
+    ParametricMemory,
+    TreeTextMemory,
+    VectorMemory,
+)
 from memos.cube.merge import ABSENT
 from memos.errors import ArgumentError, NotFoundError
 from memos.records.check import check
@@ -284,3 +291,39 @@ def test_the_past_of_a_principal_holds_what_it_may_read(mos: MOS, clock: Clock) 
     assert [h.content for h in ann.retrieve("text", "plan", as_of=1500)] == ["The open plan"]
     assert [h.content for h in eve.retrieve("text", "plan", as_of=1500)] == ["The secret plan"]
     assert len(mos.retrieve("text", "plan", as_of=1500)) == 2
+
+
+def test_adapters_are_branched_and_merged_by_digest(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the folders are PEFT's")
+    import torch
+
+    from .peft_adapters import build, save_adapter
+
+    for rank in (2, 4, 6):
+        save_adapter(tmp_path / f"r{rank}", r=rank)
+    model, ids = build("llama"), torch.arange(1, 9).view(1, 8)
+
+    def logits(memory: Any, name: str) -> Any:
+        memory.attach(model)
+        try:
+            with memory.use(name), torch.inference_mode():
+                return model(ids).logits
+        finally:
+            memory.detach()
+
+    with MOS(tmp_path / "store") as mos:
+        skills = mos.register_memory(ParametricMemory("skills", embedder=None))
+        mos.add("skills", tmp_path / "r2", {"name": "one"}, id="one")
+        trial = mos.branch("skills", "trial")
+        mos.update("trial", "one", tmp_path / "r4")
+        mos.add("trial", tmp_path / "r6", {"name": "two"}, id="two")
+        before, after = logits(skills, "one"), logits(trial, "one")
+        assert not torch.equal(before, after)
+        report = mos.merge("trial", "skills")
+        assert (report.added, report.changed) == (("two",), ("one",))
+        assert torch.equal(logits(skills, "one"), after)
+        assert torch.equal(logits(skills, "two"), logits(trial, "two"))
+        mos.rollback("one", 1, "skills")
+        assert torch.equal(logits(skills, "one"), before)
+        mos.delete("trial", "one")
+        assert not skills.check()

@@ -70,6 +70,25 @@ def publish_folder(path: Path, files: Mapping[str, Iterable[Bytes]], *, durable:
         sync_folder(path.parent)
 
 
+def link_folder(path: Path, source: Path) -> None:
+    """Put a folder in place whose files are those of another one: bytes on disk that stand once.
+
+    Raises:
+        OSError: as ``publish_folder``; also where the file system has no hard links.
+    """
+    temp = temp_path(path.parent)
+    try:
+        temp.mkdir(mode=0o755)
+        for file in source.iterdir():
+            os.link(file, temp / file.name)
+        sync_folder(temp)
+        temp.rename(path)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
 def remove_folder(path: Path, *, durable: bool) -> None:
     """Move a folder out of sight, then remove it: no one sees half of it."""
     gone = temp_path(path.parent, DELETED)

@@ -175,6 +175,7 @@ class AdapterStore:
         digest, parts = files.encode(adapter)
         with self._writing():
             if digest in self and self.check(digest) is None:
+                self._touch(digest)
                 return digest
             sizes = {n: sum(memoryview(p).nbytes for p in data) for n, data in parts.items()}
             self._make_room(digest, sizes)
@@ -227,6 +228,39 @@ class AdapterStore:
                 self.delete(digest)
                 raise ArgumentError(f"adapter {digest}: its files are not those of it: {why}")
         return True
+
+    def share(self, other: AdapterStore, digest: str) -> None:
+        """Have an adapter of another store too. Folders of one file system share its bytes.
+
+        Raises: NotFoundError; QuotaError, StoreError as ``put``.
+        """
+        with self._writing():
+            if digest in self and self.check(digest) is None:
+                self._touch(digest)
+                return
+            pieces = other.file_pieces(digest)
+            if self.folder is None and other.folder is None:
+                self._memory[digest] = other._memory[digest]
+                return
+            sizes = other.file_sizes(digest)
+            if self.folder is not None and other.folder is not None:
+                self._make_room(digest, sizes)
+                path = self.folder / digest
+                if path.exists():
+                    _disk.remove_folder(path, durable=self.durable)
+                with contextlib.suppress(OSError):  # no hard links from there to here
+                    _disk.link_folder(path, other.folder / digest)
+                    return
+            self.put_files(digest, pieces, sizes)
+
+    def file_sizes(self, digest: str) -> dict[str, int]:
+        """Name -> bytes of an adapter's files. Raises NotFoundError."""
+        if digest not in self:
+            raise self._unknown(digest)
+        if self.folder is None:
+            return {name: len(data) for name, data in self._memory[digest].items()}
+        path = self.folder / digest
+        return {name: (path / name).stat().st_size for name in (files.CONFIG, files.MODEL)}
 
     def file_pieces(self, digest: str) -> dict[str, Iterator[bytes]]:
         """The files of an adapter, name -> pieces of at most a megabyte, checked before.
@@ -465,6 +499,12 @@ class AdapterStore:
             return
         with _disk.explained("clear away what killed writers left", self.folder):
             _disk.clear_leftovers(self.folder)
+
+    def _touch(self, digest: str) -> None:
+        """What is put again is young: a sweep leaves it to who puts it."""
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / digest)
 
     def _age_s(self, digest: str) -> float:
         if self.folder is None:

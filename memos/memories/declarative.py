@@ -346,6 +346,9 @@ class DeclarativeMemory:
     def _after_copy(self, connection: Connection, seqs: Mapping[str, int], rows: Any) -> None:
         """Inside the transaction that copied rows into this memory: what stands beside them."""
 
+    def _share(self, source: DeclarativeMemory, contents: Iterable[Any]) -> None:
+        """Before cubes of another memory come with these contents: what they name elsewhere."""
+
     def _after_update(
         self, connection: Connection, seq: int, old: MemCube, change: Change
     ) -> None: ...

@@ -254,6 +254,7 @@ class _Plan:
     # Writing.
 
     def apply(self, author: str | None) -> None:
+        self.into._share(self.source, (cube.theirs.body.content for cube in self.cubes.values()))
         said = {"author": author, "source": f"merge of {self.source.name}"}
         new = {id: cube for id, cube in self.cubes.items() if not cube.is_gone}
         order = _ordered({id: cube.merged.fields for id, cube in new.items()})

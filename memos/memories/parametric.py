@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memos.adapters.slab import SlabLayout
     from memos.adapters.store import AdapterStore
     from memos.records.scope import Scope
+    from memos.records.store import Records
     from memos.records.writes import Change, New
 
 _KEPT = 1024  # cubes looked up by name
@@ -99,6 +100,15 @@ class ParametricMemory(DeclarativeMemory):
         # By principal and name: as of which change.
         self._known: dict[tuple[Any, str], tuple[int, MemCube]] = {}
 
+    def bind(self, records: Records) -> None:
+        """Keep the cubes in this store; its folder has the adapters."""
+        if records.database.is_sealed:
+            raise ArgumentError(
+                f"memory {self.name!r}: an encrypted store keeps no adapters, whose files others "
+                "open as they are; register it with a MOS whose folder is not encrypted"
+            )
+        super().bind(records)
+
     def close(self) -> None:
         """Detach from the model and give back what this memory holds."""
         if self._attachment is not None:
@@ -109,11 +119,6 @@ class ParametricMemory(DeclarativeMemory):
     def files(self) -> AdapterStore:
         """The stored adapters, by digest. Raises BackendError without torch."""
         records = self.records
-        if records.database.is_sealed:
-            raise ArgumentError(
-                f"memory {self.name!r}: an encrypted store keeps no adapters, whose files others "
-                "open as they are; register it with a MOS whose folder is not encrypted"
-            )
         with self._attach_lock:
             if self._files is None:
                 try:
@@ -436,6 +441,10 @@ class ParametricMemory(DeclarativeMemory):
                 self._check_name(name)
             if seen.setdefault(name, new.digest) != new.digest:
                 raise ArgumentError(f"name: two adapters of one name wanted: {name!r}")
+
+    def _share(self, source: Any, contents: Iterable[Any]) -> None:
+        for digest in sorted({c["digest"] for c in contents if c and c["digest"] in source.files}):
+            self.files.share(source.files, digest)
 
     def _change(self, connection: Connection, old: MemCube, content: Any, change: Change) -> None:
         super()._change(connection, old, content, change)

@@ -201,6 +201,7 @@ def clone(
             "derived_from": [id],
             KEPT: kept,
         }
+        into._share(memory, [body.content])
         into._store([{k: v for k, v in item.items() if v is not None}], {})
         seq = into.table.ids(connection, [name])[name]
         set_relations(connection, into, seq, (), body.edges)
@@ -268,6 +269,7 @@ def fill(
     copy = copies.put(connection, new.table, found)
     if same_store:
         copies.put_versions(connection, copy.seqs)
+        new._share(memory, (content for _, content in memory.records.contents(memory.table.memory)))
     new._after_copy(connection, {row.id: row.seq for row in copy.rows}, copy.rows)
     if not same_store:
         return copy.pending
