@@ -66,6 +66,7 @@ class Frame:
     detail: Mapping[str, Any] = field(default_factory=dict)  # said in every record of it
     read: dict[tuple[str, str], int] = field(default_factory=dict)
     is_told: bool = False  # a record of its changes is written
+    actor: Any = field(default_factory=acting.get)
 
 
 _frame: ContextVar[Frame | None] = ContextVar("memos_audit_frame", default=None)
@@ -259,7 +260,7 @@ class Audit:
     # Inside.
 
     def _append(self, frame: Frame, cubes: Any, anchors: bool = True, **more: Any) -> Head:
-        actor = acting.get()
+        actor = frame.actor
         entries = _entries(cubes) if isinstance(cubes, Mapping) else cubes
         said: dict[str, Any] = {
             "at": self._clock(),

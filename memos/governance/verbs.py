@@ -8,10 +8,13 @@ owner's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from memos.governance import gates
+
 Gate = Callable[[Any, Any, Mapping[str, Any]], Any]  # (mos or memory, actor, arguments)
+After = Callable[[Any, Any, Mapping[str, Any], Any], Any]  # the same, and what came back
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Verb:
     Args:
         gate:     raises where it may not; None: the call checks by itself.
         as_owner: the gate has checked everything: the call runs without the principal's rights.
+        after:    makes of what the call returned what the principal is given.
+        author:   the call takes who makes a version: the principal.
         memory:   argument that names the memory, for the audit record; query: that asks.
         closed:   arguments that a principal cannot give.
         detail:   arguments that stand in the audit record.
@@ -28,6 +33,8 @@ class Verb:
 
     gate: Gate | None = None
     as_owner: bool = False
+    after: After | None = None
+    author: bool = False
     memory: str | None = None
     query: str | None = None
     closed: tuple[str, ...] = ()
@@ -36,7 +43,10 @@ class Verb:
 
 OPEN = Verb()
 
-# Of MOS. What other modules add stands in memos/facade/rights.py.
+_ADMIN = Verb(gates.admin_of("memory"), memory="memory")
+_CUBE = Verb(gates.admin_of_cube, as_owner=True, memory="memory_name", detail=("id",))
+
+# Of MOS.
 MOS_VERBS: dict[str, Verb] = {
     "add": Verb(memory="memory_name"),
     "add_many": Verb(memory="memory_name"),
@@ -54,6 +64,33 @@ MOS_VERBS: dict[str, Verb] = {
     "grant": Verb(memory="memory", detail=("principal", "right", "id")),
     "revoke": Verb(memory="memory", detail=("principal", "right", "id")),
     "trace": OPEN,
+    # Versions.
+    "diff": Verb(
+        gates.readable_versions("a", "b"), after=gates.shown_difference, memory="memory_name"
+    ),
+    "rollback": Verb(gates.readable_versions("version"), memory="memory_name"),
+    "clone": Verb(memory="memory_name"),
+    "branch": Verb(gates.admin_of("memory"), as_owner=True, after=gates.branched, memory="memory"),
+    "merge": Verb(gates.admin_of("source", "into"), as_owner=True, author=True, memory="into"),
+    "at": OPEN,
+    # Life.
+    "use": OPEN,
+    "archive": _CUBE,
+    "freeze": replace(_CUBE, after=gates.read_again),
+    "thaw": replace(_CUBE, after=gates.read_again),
+    "pin": _CUBE,
+    "uses": _CUBE,
+    "transitions": _CUBE,
+    "undo_merge": replace(_CUBE, after=gates.read_again),
+    "purge": Verb(gates.admin_of_what_is_purged, as_owner=True, memory="memory", detail=("id",)),
+    "sweep": replace(_ADMIN, as_owner=True),
+    "find_duplicates": _ADMIN,
+    "merge_duplicates": replace(_ADMIN, as_owner=True, after=gates.read_again),
+    "settle_facts": replace(_ADMIN, as_owner=True),
+    "distil": Verb(gates.admin_of("memory", "into"), as_owner=True, memory="into"),
+    # Files check by themselves.
+    "export": OPEN,
+    "import_": OPEN,
 }
 
 _DECLARATIVE = {
@@ -78,7 +115,7 @@ _KV = {
     "begin": Verb(detail=("session",)),
     "retrieve": Verb(query="query"),
     **dict.fromkeys(("add", "get", "has", "history", "update", "delete"), OPEN),
-    **dict.fromkeys(("pin", "stats"), OPEN),
+    **dict.fromkeys(("pin", "stats", "sessions"), OPEN),
 }
 
 # Of memories, by kind.

@@ -76,8 +76,12 @@ class _View:
             with as_actor(self._actor), self._recorded(name, verb, given) as done:
                 if verb.gate is not None:
                     verb.gate(self._target, self._actor, given)
+                if verb.author:
+                    kwargs["author"] = self._actor.principal
                 with as_actor(None) if verb.as_owner else nullcontext():
                     result = call(*args, **kwargs)
+                if verb.after is not None:
+                    result = verb.after(self._target, self._actor, given, result)
                 if done is not None:
                     done.result = result
             if isinstance(result, AbstractContextManager) and hasattr(result, "gen"):

@@ -103,6 +103,10 @@ def images(
                 scope.now if at is None else at
             ):
                 found.append(image)
+    if scope.rights is not None:
+        from memos.records.rights_shown import shown_images
+
+        found = shown_images(connection, scope.rights, table.memory, found)
     if at is not None and is_tree:
         _place(found)
     return found

@@ -303,26 +303,22 @@ class Actor:
         statement = self.restrict(_ONE_OF).limit(1)
         return connection.execute(statement, {"memory": number}).first() is not None
 
-    def admits(
-        self, connection: Connection, memory: int, acl: Mapping[str, Any] | None, is_root: bool
-    ) -> bool:
-        """Whether a version with this access list may be read by who may read its cube.
+    def admission(
+        self, connection: Connection, memory: int
+    ) -> Callable[[Mapping[str, Any] | None, bool], bool]:
+        """Whether a version with this list, and nothing above it (True), may be read by who may
+        read its cube: a function."""
+        bits, names = self._memory_bits(connection, memory), self.names(connection)
 
-        Args:
-            is_root: nothing stood above it.
-        """
-        if acl is None and not is_root:
-            return True
-        bits = self._memory_bits(connection, memory)
-        if bits & ADMIN:
-            return True
-        inherited = not is_root or bool(bits & BITS["read"])
-        if acl is None:
-            return inherited
-        names = self.names(connection)
-        if any(names & set(_list(acl.get(right))) for right in ("read", "admin")):
-            return True
-        return acl.get("inherit") is True and inherited
+        def admits(acl: Mapping[str, Any] | None, is_root: bool) -> bool:
+            inherited = not is_root or bool(bits & BITS["read"])
+            if acl is None or bits & ADMIN:
+                return inherited
+            if any(names & set(_list(acl.get(right))) for right in ("read", "admin")):
+                return True
+            return acl.get("inherit") is True and inherited
+
+        return admits
 
     # What may be done.
 

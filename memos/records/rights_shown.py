@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, select
 
 from memos.cube import MemCube, Version
+from memos.cube.identity import canonical
 from memos.records.history import edges_json, edges_of_json, relations_of_version
 from memos.records.links import chunks
 from memos.records.rights import BITS, Actor
@@ -58,11 +60,12 @@ def shown_versions(
     names |= {(None, id) for v, _ in versions for id in v.metadata.get(_STALE) or ()}
     hidden = hidden_ids(connection, actor, names)
     sees_lists = _lists(connection, actor, memory)
+    admits = actor.admission(connection, number)
     result = []
     for version, edges in versions:
         if (memory, version.parent_id) in hidden:
             continue
-        if not actor.admits(connection, number, version.acl, version.parent_id is None):
+        if not admits(version.acl, version.parent_id is None):
             continue
         kept = [e for e in edges_of_json(edges) if (e[1] or memory, e[2]) not in hidden]
         metadata = version.metadata
@@ -77,6 +80,48 @@ def shown_versions(
             )
         )
     return result
+
+
+def shown_images(
+    connection: Connection, actor: Actor, number: int, images: Sequence[Any]
+) -> list[Any]:
+    """Of images of readable cubes of a memory, as they were, those that a principal may see: with
+    what they hung on, and without names of what it may not read."""
+    admits = actor.admission(connection, number)
+    kept = [
+        image
+        for image in images
+        if admits(
+            None if image.row.acl is None else json.loads(image.row.acl), image.parent_id is None
+        )
+    ]
+    while True:
+        ids = {image.row.id for image in kept}
+        left = [image for image in kept if _needs(image) <= ids]
+        if len(left) == len(kept):
+            break
+        kept = left
+    made_of = {image.row.id: _made_of(image) for image in kept}
+    wanted = ((None, id) for named in made_of.values() for id in named)
+    hidden = hidden_ids(connection, actor, wanted)
+    for image in kept:
+        derived = [id for id in made_of[image.row.id] if (None, id) not in hidden]
+        image.row = image.row._replace(
+            acl=None, derived_from=canonical(derived) if derived else None
+        )
+    return kept
+
+
+def _needs(image: Any) -> set[str]:
+    """Ids of what a cube stands below, or between."""
+    if image.row.kind == "relationship":
+        content = json.loads(image.row.content)
+        return {content["source_id"], content["target_id"]}
+    return set() if image.parent_id is None else {image.parent_id}
+
+
+def _made_of(image: Any) -> list[str]:
+    return json.loads(image.row.derived_from) if image.row.derived_from else []
 
 
 def hidden_ids(
