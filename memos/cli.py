@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memos import __version__
-from memos.commands import console, folder, read, structure, write
+from memos.commands import console, folder, keys, read, structure, write
 from memos.errors import MemosError
 
 OK, ERROR, USAGE, NOTHING = 0, 1, 2, read.NOTHING
@@ -119,6 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     _export_text(commands)
     _stats(commands)
+    _keys(commands)
     _doctor(commands)
     return parser
 
@@ -144,6 +145,7 @@ def _command(
     made.add_argument(
         "--store", metavar="PATH", help=f"the folder; else {folder.STORE}, else {folder.DEFAULT}"
     )
+    _key(made)
     if embeds:
         made.add_argument(
             "--embedder",
@@ -152,6 +154,15 @@ def _command(
             f"it is installed; none, only words count (default: {folder.EMBEDDER}, else auto)",
         )
     return made
+
+
+def _key(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--key",
+        metavar="WHERE",
+        help="the master key of an encrypted folder is there: file:PATH, env:NAME or "
+        f"keyring:SERVICE/NAME; else {folder.KEY} says so, or is the key",
+    )
 
 
 def _json(parser: Any) -> None:
@@ -375,6 +386,36 @@ def _stats(commands: Any) -> None:
     _json(made)
 
 
+def _keys(commands: Any) -> None:
+    made = _command(
+        commands,
+        "key-new",
+        keys.new,
+        "make a master key, in a new file",
+        "memos key-new ~/.memos-key && memos add notes 'A secret.' --key file:$HOME/.memos-key",
+        "Prints the id of the key. A folder that is made with a key is encrypted. Who loses the "
+        "key loses what is in the folder.",
+    )
+    made.add_argument("file", metavar="FILE", help="where to; only its owner may read it")
+    made = _command(
+        commands,
+        "key-change",
+        keys.change,
+        "have another master key open an encrypted folder, and the old one no more",
+        "memos key-change --to file:new-key --key file:old-key",
+        "Prints the id of the new key.",
+    )
+    made.add_argument("--to", metavar="WHERE", required=True, help="the new key, as for --key")
+    _command(
+        commands,
+        "key-reseal",
+        keys.reseal,
+        "seal everything in an encrypted folder with new keys",
+        "memos key-reseal --key file:my-key",
+        "The master key stays. For after a key became known.",
+    )
+
+
 def _doctor(commands: Any) -> None:
     made = commands.add_parser(
         "doctor",
@@ -386,13 +427,14 @@ def _doctor(commands: Any) -> None:
     made.add_argument(
         "--store", metavar="PATH", help="also read this folder through and tell what is damaged"
     )
+    _key(made)
     made.add_argument("--json", action="store_true", help="the report as JSON")
 
 
 def _examine(options: argparse.Namespace) -> int:
     from memos import doctor
 
-    report = doctor.examine(options.store)
+    report = doctor.examine(options.store, folder.key_of(options))
     if options.json:
         console.write_json(report.as_dict())
     else:

@@ -95,11 +95,12 @@ class Report:
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
 
-def examine(store: str | None = None) -> Report:
+def examine(store: str | None = None, key: Any = None) -> Report:
     """Look at everything.
 
     Args:
         store: a folder to read through, too; nothing in it is changed.
+        key:   its master key, or where that is, where it is encrypted.
 
     Cost: imports torch where it is installed, to ask each backend; reads all of the store.
     """
@@ -110,7 +111,7 @@ def examine(store: str | None = None) -> Report:
     if (why := _native.missing()) is not None:
         problems.append(why)
     parts = dict(_examine_parts())
-    checked = None if store is None else _examine_store(store)
+    checked = None if store is None else _examine_store(store, key)
     if parts["sqlalchemy"] != READY:
         problems.append(f"sqlalchemy: {parts['sqlalchemy']}")
     if checked is not None:
@@ -146,7 +147,7 @@ def _examine_parts() -> Iterator[tuple[str, str]]:
         yield name, f"{', '.join(missing)} not installed: {cost}; {install}"
 
 
-def _examine_store(path: str) -> dict[str, Any]:
+def _examine_store(path: str, key: Any) -> dict[str, Any]:
     """What a folder holds, and every disagreement in it."""
     found: dict[str, Any] = {"path": path, "memories": {}, "bytes": 0, "problems": []}
     try:
@@ -154,7 +155,7 @@ def _examine_store(path: str) -> dict[str, Any]:
         from memos.mos import MOS
         from memos.records.check import check
 
-        with MOS(path, readonly=True) as mos:
+        with MOS(path, readonly=True, key=key) as mos:
             found |= mos.stats()
             found["problems"] = [str(problem) for problem in check(mos.records)]
             for memory in mos.memories.values():

@@ -66,7 +66,8 @@ def test_the_examples_of_the_page_run(run: Run, page: str) -> None:
 def normal(text: str) -> str:
     """Without what differs from run to run: ids, digests, times, scores, widths."""
     text = re.sub(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "UUID", text)
-    text = re.sub(r"\b[0-9a-f]{32}\b", "DIGEST", text)
+    text = re.sub(r"\b[0-9a-f]{32}([0-9a-f]{32})?\b", "DIGEST", text)
+    text = re.sub(r"\b[0-9a-f]{16}\b", "KEY", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "TIME", text)
     text = re.sub(r"\d+\.\d+", "N", text)
     return re.sub(r"[\s\u2500\u2501]+", " ", text).strip()

@@ -13,7 +13,7 @@ from memos.errors import ArgumentError, StoreError
 if TYPE_CHECKING:
     from memos.mos import MOS
 
-STORE, EMBEDDER = "MEMOS_STORE", "MEMOS_EMBEDDER"
+STORE, EMBEDDER, KEY = "MEMOS_STORE", "MEMOS_EMBEDDER", "MEMOS_KEY"
 DEFAULT = "./memory.memos"
 EMBEDDERS = ("auto", "none")
 
@@ -32,20 +32,31 @@ def exists(options: argparse.Namespace) -> bool:
     return (Path(folder_of(options)[0]) / "records.sqlite").exists()
 
 
-def opened(options: argparse.Namespace, *, readonly: bool = True) -> MOS:
-    """The MOS of the folder; only one that writes makes it where it is not there.
+def key_of(options: argparse.Namespace) -> str | None:
+    """Where the master key is: the option or the environment says; None: there is none."""
+    given: str | None = getattr(options, "key", None)
+    if given is not None:
+        return given
+    named = os.environ.get(KEY, "")
+    if named.startswith(("file:", "keyring:")):
+        return named
+    return f"env:{KEY}" if named else None
+
+
+def opened(options: argparse.Namespace, *, readonly: bool = True, new: bool = True) -> MOS:
+    """The MOS of the folder; only one that writes makes it where it is not there, if it may.
 
     Raises StoreError, which says which folder was meant and who named it.
     """
     from memos.mos import MOS
 
     path, named_by = folder_of(options)
-    if readonly and not exists(options) and not Path(path).is_file():
+    if (readonly or not new) and not exists(options) and not Path(path).is_file():
         raise StoreError(
             f"no store in {path} ({named_by}); --store PATH or {STORE} names another folder, "
             "memos add and memos import make one"
         )
-    mos = MOS(path, readonly=readonly)
+    mos = MOS(path, readonly=readonly, key=key_of(options))
     if embedder_of(options) is None:
         for row in mos.records.memories():
             if row["name"] in mos.memories:

@@ -1,0 +1,34 @@
+"""The master key of an encrypted store: a new one, another one, everything sealed anew."""
+
+from __future__ import annotations
+
+import argparse
+
+from memos.commands import console, folder
+
+
+def new(options: argparse.Namespace) -> int:
+    """Write a random key to a new file."""
+    from memos.records.keys import MasterKey
+
+    made = MasterKey.new_file(options.file)
+    console.write_text(f"{made.id}\n")
+    return 0
+
+
+def change(options: argparse.Namespace) -> int:
+    """Have another master key open the store, from now on alone."""
+    from memos.records.keys import MasterKey
+
+    master = MasterKey.of(options.to)
+    with folder.opened(options, readonly=False, new=False) as mos:
+        mos.change_master_key(master)
+    console.write_text(f"{master.id}\n")
+    return 0
+
+
+def reseal(options: argparse.Namespace) -> int:
+    """Seal everything with new keys."""
+    with folder.opened(options, readonly=False, new=False) as mos:
+        mos.reseal()
+    return 0
