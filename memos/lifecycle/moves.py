@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from memos.cube import MemCube
@@ -103,7 +104,8 @@ def _moved(memory: DeclarativeMemory, id: str, new: str, who: str | None, why: s
         memory.table.life.move(
             connection, [seq], new, trigger=CALL, at=scope.now, who=who_acts(who), why=why
         )
-        return memory.table.one(connection, seq, scope)
+        # One that is thawed after its time is told once more.
+        return memory.table.one(connection, seq, replace(scope, now=0.0))
 
 
 def _writable(memory: DeclarativeMemory, connection: Connection, id: str) -> int:

@@ -65,7 +65,7 @@ def search_cold(
         if is_alone and may is not None and seq not in may:
             continue
         total += 1
-        length += len(text) + len(context)
+        length += text.count(" ") + context.count(" ") + bool(text) + bool(context)
         if may is None or seq in may:
             has = frozenset(likely.findall(_folded(f"{text} {context}")))
             if has:
@@ -74,6 +74,14 @@ def search_cold(
     if not rows:
         return none
     seen = Counter(head for has in heads for head in has)
+    whole = len(rows) <= max(_CUT, limit)
+    if not whole:  # the best as far as whole words are not looked at
+        worth = {head: math.log((total + 1) / n) for head, n in seen.items()}
+        values = numpy.array([sum(worth[head] for head in has) for has in heads])
+        best_rows = numpy.argsort(-values, kind="stable")[: max(_CUT, limit)]
+        rows = [rows[i] for i in sorted(best_rows.tolist())]
+    counts, lengths = _cut(rows, stems)
+    have = Counter(stem for counted in counts.values() for stem in counted)
     hot: Mapping[str, int] = {}
     everything = total
     if not is_alone:
@@ -82,16 +90,9 @@ def search_cold(
     rarity = {
         stem: max(_LEAST, math.log((everything - n + 0.5) / (n + 0.5)))
         for stem in stems
-        for n in [hot.get(stem, 0) + seen[_beginning(stem)]]
+        for n in [hot.get(stem, 0) + (have[stem] if whole else seen[_beginning(stem)])]
     }
-    if len(rows) > max(_CUT, limit):  # the best as far as whole words are not looked at
-        worth = {head: math.log((total + 1) / n) for head, n in seen.items()}
-        values = numpy.array([sum(worth[head] for head in has) for has in heads])
-        best_rows = numpy.argsort(-values, kind="stable")[: max(_CUT, limit)]
-        rows = [rows[i] for i in sorted(best_rows.tolist())]
-    counts, lengths = _cut(rows, stems)
-    letters = sum(len(text) + len(context) for _, text, context in rows)
-    average = max(1.0, sum(lengths.values()) / max(letters, 1) * length / total)
+    average = max(1.0, length / total)
     scores = {
         seq: sum(
             rarity[stem] * f * (_K1 + 1) / (f + _K1 * (1 - _B + _B * lengths[seq] / average))

@@ -270,12 +270,14 @@ def _leave(connection: Connection, life: Life, seqs: Sequence[int], change: int)
     few = _REBUILD * len(seqs) <= life.fulltext.rows(connection)
     if few:
         life.fulltext.delete(connection, _texts(connection, seqs))
+        life.fulltext.forget()
     else:
         life.fulltext.refill(connection, HOT)
 
 
 def _return(connection: Connection, life: Life, seqs: Sequence[int], change: int) -> None:
     life.fulltext.insert(connection, _texts(connection, seqs))
+    life.fulltext.forget()
     for part in chunks(seqs):
         connection.execute(cold.delete().where(cold.c.seq.in_(part)))
         connection.execute(
