@@ -239,6 +239,20 @@ def test_no_vector_index_is_readable(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert hits[0] == f"{MARK} c"
 
 
+def test_audit_records_are_not_readable(tmp_path: Path) -> None:
+    with MOS(tmp_path, key=KEY, audit=True) as mos:
+        mos.register_memory(GeneralTextMemory(f"{MARK}name", embedder=None))
+        mos.add(f"{MARK}name", MARK, id=f"{MARK}id")
+        mos.retrieve(f"{MARK}name", MARK)
+        assert len(mos.audit.records(id=f"{MARK}id")) == 2
+    assert list((tmp_path / "audit").iterdir())
+    assert readable(tmp_path) == []
+    with MOS(tmp_path, key=KEY) as mos:
+        mos.reseal()
+        assert [r.what for r in mos.audit.records(id=f"{MARK}id")] == ["add", "retrieve"]
+        assert mos.audit.verify() == []
+
+
 # Changing keys.
 
 

@@ -2,11 +2,14 @@
 
 A record names cubes by memory, id and version, and never says what is in them: no content, no
 metadata, no texts of queries. Of a query, and of the text that went into a prompt, it keeps a
-fingerprint under a key of the store, so that who has the text can find the record.
+fingerprint under a key of the store, so that who has the text can find the record. The records of
+an encrypted store are sealed; their chain is of the sealed ones.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,8 +33,9 @@ from sqlalchemy import (
 )
 
 from memos.cube import Hit, MemCube
+from memos.cube.sealing import cipher, hkdf, seal, unseal
 from memos.errors import AccessError, ArgumentError, NotFoundError, StoreError
-from memos.governance.log import Head, Log, lines
+from memos.governance.log import Head, Line, Log, lines
 from memos.records.schema import store
 from memos.records.scope import acting
 
@@ -114,6 +118,9 @@ class Audit:
 
     def __init__(self, records: Records, log: Log, key: bytes, clock: Callable[[], float]) -> None:
         self._records, self._log, self._key, self._clock = records, log, key, clock
+        self._cipher = None
+        if records.database.is_sealed:
+            self._cipher = cipher(hkdf(key, b"", b"memos audit records v1"))
         self._since_anchor = 0
         self._anchored_at = time.monotonic()
 
@@ -283,7 +290,10 @@ class Audit:
         if changed and len(changed) > _LISTED:
             said["num_changed"], more["changed"] = len(changed), changed[:_LISTED]
         said.update((name, value) for name, value in more.items() if value)
-        head = self._log.append(_encode(said).encode())
+        body = _encode(said).encode()
+        if self._cipher is not None:
+            body = base64.b64encode(seal(self._cipher, body, b"memos audit record"))
+        head = self._log.append(body)
         if anchors:
             self._since_anchor += 1
             due = self._since_anchor >= _ANCHOR_EVERY
@@ -313,11 +323,24 @@ class Audit:
         return type(query).__name__
 
     def _all(self, needle: bytes | None = None) -> Iterator[Record]:
-        for line in lines(self._log.folder):
+        for stored in lines(self._log.folder):
+            line = self._opened(stored)
             if needle is None or needle in line.body:
                 record = _record(line)
                 if record is not None:
                     yield record
+
+    def _opened(self, line: Line) -> Line:
+        """A record as it was before it was sealed, in an encrypted store."""
+        if self._cipher is None or line.body.startswith(b"{"):  # the end of a segment is plain
+            return line
+        try:
+            body = unseal(self._cipher, base64.b64decode(line.body), b"memos audit record")
+        except ValueError:
+            body = None
+        if body is None:
+            raise StoreError(f"audit record {line.number}: it is not what was stored")
+        return dataclasses.replace(line, body=body)
 
 
 class Done:
