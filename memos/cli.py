@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memos import __version__
-from memos.commands import console, folder, keys, read, structure, write
+from memos.commands import console, files, folder, keys, read, structure, write
 from memos.errors import MemosError
 
 OK, ERROR, USAGE, NOTHING = 0, 1, 2, read.NOTHING
@@ -85,6 +85,8 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
             here.error("one of TEXT, -, --file and --jsonl wanted")
         if options.jsonl is not None and options.id is not None:
             here.error("--id: every line of --jsonl says its own")
+    if options.command == "import" and not options.files and not files.is_import(options):
+        here.error(f"FILE wanted, or only files that end in {files.SUFFIX}")
     if options.command == "graph" and (options.id is None) == (options.query is None):
         here.error("one of ID and --query wanted")
     return options
@@ -118,6 +120,8 @@ def make_parser() -> argparse.ArgumentParser:
     for add in (_add, _import, _search, _context, _show, _history, _tree, _graph):
         add(commands)
     _export_text(commands)
+    _export(commands)
+    _inspect(commands)
     _stats(commands)
     _keys(commands)
     _doctor(commands)
@@ -223,18 +227,27 @@ def _import(commands: Any) -> None:
         commands,
         "import",
         write.import_,
-        "read documents into a tree memory",
+        "read documents into a tree memory, or what memos export wrote",
         "memos import handbook README.md docs/*.md",
         "Headings become sections, with the paragraphs below them. A .jsonl file is read line by "
-        "line as by memos add --jsonl, into a text memory where it is new.",
+        "line as by memos add --jsonl, into a text memory where it is new. Files that end in "
+        f"{files.SUFFIX} say their memories themselves: memos import FILE{files.SUFFIX}; each is "
+        "verified, and stored whole or not at all.",
         embeds=True,
     )
-    made.add_argument("memory", metavar="MEMORY", help="name of the memory")
-    made.add_argument("files", metavar="FILE", nargs="+", help="Markdown, text, or .jsonl")
+    made.add_argument("memory", metavar="MEMORY", help=f"its name; or a FILE{files.SUFFIX}")
+    made.add_argument("files", metavar="FILE", nargs="*", help="Markdown, text, or .jsonl")
     made.add_argument(
         "--format", choices=("markdown", "text"), help="of documents (default: by the suffix)"
     )
     _metadata(made)
+    made.add_argument(
+        "--on-conflict",
+        choices=files.CONFLICTS,
+        default="error",
+        help=f"where a {files.SUFFIX} has an id that is there already (default: error)",
+    )
+    _trusted(made)
     _json(made)
 
 
@@ -373,6 +386,60 @@ def _export_text(commands: Any) -> None:
     where = made.add_mutually_exclusive_group()
     where.add_argument("--output", metavar="F", help="a file (default: standard output)")
     _json(where)
+
+
+def _export(commands: Any) -> None:
+    made = _command(
+        commands,
+        "export",
+        files.export,
+        "write memories into one file, with all that is known of them",
+        f"memos export backup{files.SUFFIX}",
+        "Versions, relations, access lists, provenance, vectors, adapters. Another store, here or "
+        f"elsewhere, reads it with memos import FILE{files.SUFFIX}.",
+    )
+    made.add_argument("file", metavar="FILE", help="a new file")
+    made.add_argument(
+        "--memory", metavar="M", action="append", help="only this one; may be repeated"
+    )
+    made.add_argument(
+        "--id",
+        metavar="ID",
+        action="append",
+        help="only this cube, with what it cannot stand without; may be repeated",
+    )
+    made.add_argument("--sign", metavar="PEM", help="a file with an Ed25519 private key")
+    made.add_argument(
+        "--encrypt",
+        action="store_true",
+        help=f"with a passphrase, from the variable {files.PASSPHRASE} or asked for",
+    )
+    made.add_argument("--force", action="store_true", help="replace a file that is there")
+    _json(made)
+
+
+def _inspect(commands: Any) -> None:
+    made = commands.add_parser(
+        "inspect",
+        help=f"verify a {files.SUFFIX} and show what is in it",
+        description=f"Verify every byte of a {files.SUFFIX} and show what is in it.",
+        epilog=f"example: memos inspect backup{files.SUFFIX}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(run=files.inspect, parser=made)
+    made.add_argument("file", metavar="FILE", help="what memos export wrote")
+    _trusted(made)
+    _json(made)
+
+
+def _trusted(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--trusted",
+        metavar="KEY",
+        action="append",
+        help="an Ed25519 public key, in hex or a file in PEM, that has to have signed; may be "
+        "repeated",
+    )
 
 
 def _stats(commands: Any) -> None:

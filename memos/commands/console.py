@@ -115,13 +115,13 @@ def complain(message: str) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on standard error, where that is a terminal.
 
-    Yields a function of how many are done.
+    Yields a function of how many are done, and of how many there are where that was not known.
     """
     if not sys.stderr.isatty():
-        yield lambda done: None
+        yield lambda done, total=None: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
@@ -129,7 +129,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, Left(), console=console(stderr=True), transient=True) as bars:
         bar = bars.add_task(safe(what), total=total)
-        yield lambda done: bars.update(bar, completed=done)
+        yield lambda done, total=None: bars.update(bar, completed=done, total=total)
 
 
 # Shapes of JSON; docs/cli.md lists them.

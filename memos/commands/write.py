@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from memos.commands import console, folder
+from memos.commands import console, files, folder
 from memos.errors import ArgumentError, MemosError
 
 if TYPE_CHECKING:
@@ -52,11 +52,15 @@ def add(options: argparse.Namespace) -> int:
 
 
 def import_(options: argparse.Namespace) -> int:
-    """Documents into a tree memory, lines of JSON into any memory."""
+    """Documents into a tree memory, lines of JSON into any memory, files of cubes."""
+    if files.is_import(options):
+        return files.import_(options)
     metadata = metadata_of(options.metadata)
     for name in options.files:
         if Path(name).is_dir():
             raise ArgumentError(f"FILE: files wanted, got the folder {name}")
+        if name.endswith(files.SUFFIX):
+            raise ArgumentError(f"FILE: {name} says its memories itself: memos import {name}")
     lines = {name: Lines(name) for name in options.files if _is_jsonl(name)}
     documents = [name for name in options.files if name not in lines]
     if lines and options.format is not None:
@@ -78,14 +82,14 @@ def import_(options: argparse.Namespace) -> int:
         for name, items in lines.items():
             ids = _add_lines(mos, options.memory, items, _given(metadata=metadata))
             done[name] = {"file": name, "ids": ids, "cubes": len(set(ids))}
-    files = [done[name] for name in options.files]
+    told = [done[name] for name in options.files]
     if options.json:
-        console.write_json({"memory": options.memory, "files": files})
+        console.write_json({"memory": options.memory, "files": told})
         return 0
     from rich.table import Table
 
     table = Table("file", "cubes", "id")
-    for one in files:
+    for one in told:
         id = one["ids"][0] if len(one["ids"]) == 1 else ""
         table.add_row(console.text(one["file"]), f"{one['cubes']:,}", console.text(id))
     console.show(table)
