@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from dataclasses import dataclass, field
@@ -417,7 +418,7 @@ class Lives(RuleBasedStateMachine):
             assert len(told) == cube.moves
             assert all((one.old, one.new) in legal for one in told)
             assert (told[-1].new if told else "CREATED") == cube.state
-            assert all(a.new == b.old for a, b in zip(told, told[1:], strict=False))
+            assert all(a.new == b.old for a, b in itertools.pairwise(told))
 
 
 class Trees(Lives):

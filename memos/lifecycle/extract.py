@@ -234,6 +234,7 @@ def _kept(sentence: str, speaker: str) -> tuple[str, str, str] | None:
     if first in ("i", "i'm", "i've", "my"):
         if _CHAT.search(text):
             return None
+        text = text[0].upper() + text[1:]
         kind = _first_person(text)
         return None if kind is None else (kind, told_of(text, speaker), speaker)
     if _WHEN.search(text) and _EVENT.search(text):

@@ -20,6 +20,7 @@ class Explained:
         id, memory, score: of the hit.
         stages:  those it went through, with its signals.
         signals: those that counted, the greatest first.
+        merged:  (id, why) of the cubes that it was merged from.
     """
 
     id: str
@@ -27,9 +28,11 @@ class Explained:
     score: float
     stages: tuple[StageTrace, ...]
     signals: tuple[Signal, ...]
+    merged: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.memory}/{self.id}  score {self.score:.3f}"]
+        lines += [f"  merged from {id}: {why}" for id, why in self.merged]
         lines += [
             f"  {s.name:16s} {s.value:8.3f} * {s.weight:6.2f} = {s.adds:8.3f}" for s in self.signals
         ]
@@ -78,4 +81,9 @@ def _explained(hit: Hit) -> Explained:
     stages = tuple(stage for stage in hit.trace if isinstance(stage, StageTrace))
     signals = [s for stage in stages for s in stage.signals if s.adds]
     signals.sort(key=lambda signal: -abs(signal.adds))
-    return Explained(hit.id, hit.memory, hit.score, stages, tuple(signals))
+    merged = tuple(
+        (edge.target, str(edge.properties.get("why", "")))
+        for edge in hit.relations
+        if edge.outgoing and edge.type == "merged_from"
+    )
+    return Explained(hit.id, hit.memory, hit.score, stages, tuple(signals), merged)

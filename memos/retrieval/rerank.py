@@ -29,6 +29,7 @@ class Rerank:
         when:       the query asks when, and the text says when.
         number:     the query asks how many, and the text says how many.
         question:   the text asks instead of telling.
+        over:       what it says did not hold any more (metadata valid_to) when the query is asked.
         importance: of the unit, from -1 to 1; 0 where nothing was said.
         recency:    1 now, a half each ``half_life_s``; ``recent`` is added to its weight where
                     the query wants the latest.
@@ -40,6 +41,7 @@ class Rerank:
     when: float = 3.5
     number: float = 1.7
     question: float = -1.0
+    over: float = -4.0
     importance: float = 1.0
     recency: float = 0.25
     recent: float = 1.5
@@ -47,7 +49,8 @@ class Rerank:
     name: str = "rerank"
 
     def __call__(self, query: Query, candidates: Candidates) -> Candidates:
-        columns = candidates.columns("at", "importance", "is_question", "has_time", "has_number")
+        names = ("at", "importance", "ends", "is_question", "has_time", "has_number")
+        columns = candidates.columns(*names)
         if query.subjects:
             candidates.put("subject", candidates.having(query.subjects) * 1.0, self.subject)
         if query.named:
@@ -59,6 +62,9 @@ class Rerank:
         if query.asks_number:
             candidates.put("number", columns["has_number"] * 1.0, self.number)
         candidates.put("question", columns["is_question"] * 1.0, self.question)
+        over = columns["ends"] <= query.now
+        if over.any():
+            candidates.put("over", over * 1.0, self.over)
         candidates.put("importance", 2 * columns["importance"] - 1, self.importance)
         age = numpy.maximum(query.now - columns["at"], 0)
         weight = self.recency + (self.recent if query.asks_recent else 0.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from memos.records.validity import interval_of
 from memos.retrieval.query import SPEAKER_KEYS, Pair, has_number
 from memos.retrieval.source import Array, Scope, Source, Unit
 from memos.retrieval.times import mentions_time, time_of
@@ -24,6 +25,7 @@ _COLUMNS = (
     ("parent", numpy.int64),
     ("at", numpy.float64),
     ("importance", numpy.float64),
+    ("ends", numpy.float64),  # from when it does not hold any more
     ("is_question", numpy.bool_),
     ("has_time", numpy.bool_),
     ("has_number", numpy.bool_),
@@ -115,6 +117,7 @@ class Units:
             "parent": -1 if unit.parent is None else unit.parent,
             "at": at,
             "importance": unit.importance,
+            "ends": interval_of(unit.metadata)[1],
             "is_question": is_spoken and asks(unit.text),
             "has_time": (is_spoken or time is not None) and mentions_time(unit.text),
             "has_number": has_number(unit.text),
