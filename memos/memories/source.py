@@ -89,8 +89,10 @@ class MemorySource:
         """seq [n] int64 and similarity [n] float32 of the nearest units, best first."""
         import numpy
 
-        with self._read() as connection:
-            found = self.memory.embedded.search(connection, vector, limit, scope)
+        found = None
+        if limit > 0:  # where nothing may be read there is nothing to ask for
+            with self._read() as connection:
+                found = self.memory.embedded.search(connection, vector, limit, scope)
         if found is None:
             return numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float32)
         return found
