@@ -87,10 +87,12 @@ def search_cold(
     if not is_alone:
         hot = fulltext.document_frequencies(connection, stems, fulltext.rows(connection))
         everything += fulltext.rows(connection)
+    names = {stem: stem if whole else _beginning(stem) for stem in stems}
     rarity = {
         stem: max(_LEAST, math.log((everything - n + 0.5) / (n + 0.5)))
         for stem in stems
-        for n in [hot.get(stem, 0) + (have[stem] if whole else seen[_beginning(stem)])]
+        # Both counts may be a little late.
+        for n in [min(everything, hot.get(stem, 0) + (have if whole else seen)[names[stem]])]
     }
     average = max(1.0, length / total)
     scores = {
