@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memos import __version__
-from memos.commands import console, files, folder, keys, read, structure, write
+from memos.commands import console, files, folder, keys, life, read, structure, write
 from memos.errors import MemosError
 
 OK, ERROR, USAGE, NOTHING = 0, 1, 2, read.NOTHING
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a process ended by that signal
 
-_LATE = {"add": "text", "tree": "id", "graph": "id", "export-text": "id", "import": "files"}
+_LATE = {"add": "text", "tree": "id", "graph": "id", "export-text": "id", "purge": "id", "import": "files"}
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 an error, one line on standard error says which; 2 wrong arguments;
@@ -124,6 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     _inspect(commands)
     _stats(commands)
     _keys(commands)
+    life.parsers(commands, _command, _json, _count, _number)
     _doctor(commands)
     return parser
 
@@ -278,6 +279,7 @@ def _search(commands: Any) -> None:
     _query(made, 5)
     made.add_argument("--explain", action="store_true", help="why each hit stands where it stands")
     made.add_argument("--ancestors", action="store_true", help="with the headings above each hit")
+    made.add_argument("--archived", action="store_true", help="also among archived cubes")
     _json(made)
 
 

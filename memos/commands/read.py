@@ -38,6 +38,7 @@ def search(options: argparse.Namespace) -> int:
             options.limit,
             filters=filters,
             include_ancestors=options.ancestors,
+            include_archived=options.archived,
         )
         why = mos.explain(hits) if options.explain else None
     if options.json:
