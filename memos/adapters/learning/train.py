@@ -44,7 +44,7 @@ class Recipe:
         kl_weight:        of the KL to the base model on anchors; 0: no guard.
         distil_weight:    of the KL to the teacher that reads the memory.
         settled_weight:   of target tokens with p > 0.5 already.
-        stop_share:       of target tokens with p > 0.5, from which training ends.
+        stop_share:       of target tokens with p > 0.5 when last seen, from which training ends.
         stop_kl:          the running mean of the anchors' KL has to be this low, too.
         K:                tokens kept of a teacher's distribution.
     """
@@ -60,7 +60,7 @@ class Recipe:
     kl_weight: float = 4.0
     distil_weight: float = 0.5
     settled_weight: float = 0.2
-    stop_share: float = 0.98
+    stop_share: float = 0.96
     stop_kl: float = 0.04
     clip: float = 1.0
     K: int = 64
@@ -163,7 +163,7 @@ class Trainer:
                 self.cooling_from, stopped = self.step, "minutes"
                 continue
             progress(self._train_one())
-            if self.cooling_from is None and self._may_be_settled() and self._is_settled():
+            if self.cooling_from is None and self._is_settled():
                 self.cooling_from = self.step
             self.seconds = time.monotonic() - begun
             if folder is not None and self.step % every == 0:
@@ -255,18 +255,14 @@ class Trainer:
     def _seen(self) -> float:
         return sum(self.settled) / max(1, sum(item.num_targets for item in self.items))
 
-    def _may_be_settled(self) -> bool:
-        """Whether every row was seen, and enough tokens had p > 0.5 then; looked at now and then,
-        as the answer costs a pass over all rows."""
+    def _is_settled(self) -> bool:
+        """Whether every row was seen, and enough of their tokens had p > 0.5 when they were last
+        seen: a little less than have it now, and known without a pass over all rows."""
         return (
             self.step * self.recipe.rows_per_step >= len(self.items)
-            and self.step % 10 == 0
             and self._seen() >= self.recipe.stop_share
             and self.kl <= self.recipe.stop_kl
         )
-
-    def _is_settled(self) -> bool:
-        return self.p_half() >= self.recipe.stop_share
 
     @torch.no_grad()
     def p_half(self) -> float:
