@@ -40,7 +40,8 @@ class Policy:
         least_importance: cubes of less importance are archived once they are ``settle_s`` old.
         settle_s:   how long a new cube, or one just used, is safe from age and importance.
         delete_after_s: archived cubes are deleted after so long.
-        headroom:   share of a budget that a sweep leaves free, so that cubes fit in between.
+        headroom:   share of a budget that a sweep leaves free: as long as no more than that is
+            added and comes back until the next sweep, the budget holds at every moment.
         importance, use, recency, half_life_s: of the value, see above.
 
     Raises:
@@ -214,9 +215,9 @@ class _Plan:
         ):
             if budget is None:
                 continue
-            excess = int(size[~gone].sum()) - budget
+            excess = int(size[~gone].sum()) - budget + int(budget * policy.headroom)
             if excess > 0:
-                wanted = self._least(size, excess + int(budget * policy.headroom), gone)
+                wanted = self._least(size, excess, gone)
                 gone |= wanted
                 self.over = max(self.over, int(size[~gone].sum()) - budget)
                 chosen.append((CAPACITY, f"more than {budget} {what}", self._listed(wanted)))
