@@ -12,13 +12,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memos import __version__
-from memos.commands import console, files, folder, keys, life, read, structure, write
+from memos.commands import audit, console, files, folder, keys, life, read, structure, write
 from memos.errors import MemosError
 
 OK, ERROR, USAGE, NOTHING = 0, 1, 2, read.NOTHING
 INTERRUPTED, PIPE_CLOSED = 130, 141  # what a shell says of a process ended by that signal
 
-_LATE = {"add": "text", "tree": "id", "graph": "id", "export-text": "id", "purge": "id", "import": "files"}
+_LATE = {
+    "audit": "folder",
+    "add": "text",
+    "tree": "id",
+    "graph": "id",
+    "export-text": "id",
+    "purge": "id",
+    "import": "files",
+}
 
 EXIT_CODES = """\
 exit codes: 0 done; 1 an error, one line on standard error says which; 2 wrong arguments;
@@ -124,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     _inspect(commands)
     _stats(commands)
     _keys(commands)
+    _audit(commands)
     life.parsers(commands, _command, _json, _count, _number)
     _doctor(commands)
     return parser
@@ -247,6 +256,12 @@ def _import(commands: Any) -> None:
         choices=files.CONFLICTS,
         default="error",
         help=f"where a {files.SUFFIX} has an id that is there already (default: error)",
+    )
+    made.add_argument(
+        "--rename",
+        metavar="OLD=NEW",
+        action="append",
+        help=f"what a memory of a {files.SUFFIX} is called here; may be repeated",
     )
     _trusted(made)
     _json(made)
@@ -483,6 +498,33 @@ def _keys(commands: Any) -> None:
         "memos key-reseal --key file:my-key",
         "The master key stays. For after a key became known.",
     )
+
+
+def _audit(commands: Any) -> None:
+    made = _command(
+        commands,
+        "audit",
+        audit.audit,
+        "verify the audit records of a folder, or show them",
+        "memos audit verify chat.memos",
+        "Finds records that were changed, added, taken out, moved or cut off. Exit code 1: "
+        "something is wrong with them.",
+    )
+    made.add_argument(
+        "action",
+        choices=("verify", "head", "records"),
+        help="verify: read all records through; head: how many there are and the last one's hash, "
+        "to be kept elsewhere; records: list them",
+    )
+    made.add_argument("folder", metavar="FOLDER", nargs="?", help="instead of --store")
+    made.add_argument(
+        "--head", metavar="HASH", help="verify: a hash that was kept elsewhere, which must be there"
+    )
+    made.add_argument("--id", metavar="ID", help="records: only those about this cube")
+    made.add_argument(
+        "-n", "--limit", metavar="N", type=_count, default=50, help="records: the last N (50)"
+    )
+    _json(made)
 
 
 def _doctor(commands: Any) -> None:

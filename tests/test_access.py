@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memos import MOS, GeneralTextMemory, GraphMemory, TreeTextMemory, VectorMemory
-from memos.errors import AccessError, ArgumentError, NotFoundError
+from memos import MOS, GeneralTextMemory, GraphMemory, TreeTextMemory
+from memos.errors import NotFoundError
 from tests.access_model import NAMES, PRINCIPALS, RIGHTS, Clock, Cube, World, embed
 
 WORDS = ("lake", "swim", "garden", "key", "vault", "letter", "winter", "bread")
@@ -178,7 +177,9 @@ class History:
             self._look_at(view, principal, id, cube)
         hits = view.retrieve(query="room person and in", limit=100)
         assert {hit.id for hit in hits} <= readable
-        assert {h.id for h in hits} >= {id for id in readable if not id.startswith(("edge", "people"))}
+        assert {h.id for h in hits} >= {
+            id for id in readable if not id.startswith(("edge", "people"))
+        }
         self._trees(view, principal)
         self._graphs(view, principal)
 

@@ -40,6 +40,8 @@ from memos.records.schema import store
 from memos.records.scope import acting
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memos.records.store import Records
 
 FOLDER = "audit"  # in the store's
@@ -103,6 +105,10 @@ class Record:
     result: str
     more: Mapping[str, Any]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, as JSON takes it."""
+        return {**dataclasses.asdict(self), "more": dict(self.more)}
+
     def names(self, id: str, memory: str | None = None) -> bool:
         """Whether it is about this cube."""
         return any(
@@ -118,9 +124,7 @@ class Audit:
 
     def __init__(self, records: Records, log: Log, key: bytes, clock: Callable[[], float]) -> None:
         self._records, self._log, self._key, self._clock = records, log, key, clock
-        self._cipher = None
-        if records.database.is_sealed:
-            self._cipher = cipher(hkdf(key, b"", b"memos audit records v1"))
+        self._cipher = opener_of(records, key)
         self._since_anchor = 0
         self._anchored_at = time.monotonic()
 
@@ -165,7 +169,8 @@ class Audit:
 
         with self._records.database.read() as connection:
             known = anchor(connection)
-        return verify(self._log.folder, self._log.genesis, known, head).problems
+        log = self._log
+        return verify(log.folder, log.genesis, known, head, key=log.key).problems
 
     def fingerprint(self, text: str) -> str:
         """Under which a record names a query or the text of a prompt."""
@@ -323,30 +328,56 @@ class Audit:
         return type(query).__name__
 
     def _all(self, needle: bytes | None = None) -> Iterator[Record]:
-        for stored in lines(self._log.folder):
-            line = self._opened(stored)
-            if needle is None or needle in line.body:
-                record = _record(line)
-                if record is not None:
-                    yield record
-
-    def _opened(self, line: Line) -> Line:
-        """A record as it was before it was sealed, in an encrypted store."""
-        if self._cipher is None or line.body.startswith(b"{"):  # the end of a segment is plain
-            return line
-        try:
-            body = unseal(self._cipher, base64.b64decode(line.body), b"memos audit record")
-        except ValueError:
-            body = None
-        if body is None:
-            raise StoreError(f"audit record {line.number}: it is not what was stored")
-        return dataclasses.replace(line, body=body)
+        return records_in(self._log.folder, self._cipher, needle)
 
 
 class Done:
     """What a verb returned, for its record."""
 
     result: Any = None
+
+
+# Reading.
+
+
+def records_in(folder: Path, opener: Any, needle: bytes | None = None) -> Iterator[Record]:
+    """The records of a log, oldest first; those only that hold these bytes.
+
+    Args:
+        opener: what opens those of an encrypted store, see ``opener_of``; None: they are plain.
+    """
+    for stored in lines(folder):
+        line = _opened(stored, opener)
+        if needle is None or needle in line.body:
+            record = _record(line)
+            if record is not None:
+                yield record
+
+
+def opener_of(records: Records, key: bytes) -> Any:
+    """What seals and opens the records of an encrypted store; None: they are plain."""
+    if not records.database.is_sealed:
+        return None
+    return cipher(hkdf(key, b"", b"memos audit records v1"))
+
+
+def key_of(connection: Connection) -> bytes:
+    """The key of the fingerprints."""
+    row = select(head_table.c.key).where(head_table.c.id == 1)
+    return bytes(connection.execute(row).scalar_one())
+
+
+def _opened(line: Line, opener: Any) -> Line:
+    """A record as it was before it was sealed, in an encrypted store."""
+    if opener is None or line.body.startswith(b"{"):  # the end of a segment is plain
+        return line
+    try:
+        body = unseal(opener, base64.b64decode(line.body), b"memos audit record")
+    except ValueError:
+        body = None
+    if body is None:
+        raise StoreError(f"audit record {line.number}: it is not what was stored")
+    return dataclasses.replace(line, body=body)
 
 
 # Opening.
@@ -407,10 +438,9 @@ def open_audit(
                 row = {"id": 1, "count": head.count, "hash": head.hash, "at": clock()}
                 connection.execute(head_table.insert(), {**row, "key": os.urandom(32)})
     with records.database.read() as connection:
-        genesis = genesis_of(connection)
-        key = connection.execute(select(head_table.c.key).where(head_table.c.id == 1)).scalar_one()
-    log = Log(records.folder / FOLDER, genesis, durable=records.database.durable)
-    return Audit(records, log, bytes(key), clock)
+        genesis, key = genesis_of(connection), key_of(connection)
+    log = Log(records.folder / FOLDER, genesis, key, durable=records.database.durable)
+    return Audit(records, log, key, clock)
 
 
 # What stands in a record.

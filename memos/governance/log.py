@@ -1,9 +1,10 @@
 """A file of records that are only ever appended, each chained to the one before it by a hash.
 
-    NUMBER HASH BODY\\n      HASH = BLAKE2b-256(the hash before, NUMBER, BODY), in hex
+    NUMBER HASH BODY\\n      HASH = BLAKE2b-256(the hash before, NUMBER, BODY), keyed, in hex
 
 Segments follow one another: a full one ends with a record that says so. Whoever changes, adds,
-takes out or moves a record must change every hash behind it; the last one is also kept elsewhere.
+takes out or moves a record must change every hash behind it, for which the key is needed; the last
+one is also kept elsewhere.
 Processes take turns under a lock on the folder; a record that a crash cut short is taken away by
 the next one who appends.
 """
@@ -48,6 +49,7 @@ class Log:
     Args:
         folder:  made where it is not there.
         genesis: which store this log is of; the first record is chained to it.
+        key:     of the hashes, at most 64 bytes.
         durable: every record waits for the disk.
 
     Raises:
@@ -58,11 +60,12 @@ class Log:
         self,
         folder: Path,
         genesis: str,
+        key: bytes = b"",
         *,
         durable: bool = False,
         segment_bytes: int = SEGMENT_BYTES,
     ) -> None:
-        self.folder, self.genesis = folder, genesis
+        self.folder, self.genesis, self.key = folder, genesis, key
         self._durable, self._segment_bytes = durable, segment_bytes
         self._lock = threading.Lock()
         self._segment = self._end = self._file = self._count = 0
@@ -134,7 +137,7 @@ class Log:
 
     def _write(self, body: bytes) -> None:
         number = self._count + 1
-        made = chained(self._hash, number, body)
+        made = chained(self._hash, number, body, self.key)
         line = b"%d %s %s\n" % (number, made.hex().encode(), body)
         written = os.pwrite(self._file, line, self._end)
         while written < len(line):
@@ -200,9 +203,10 @@ def first_hash(genesis: str) -> bytes:
     return hashlib.blake2b(b"memos audit\0" + genesis.encode(), digest_size=32).digest()
 
 
-def chained(before: bytes, number: int, body: bytes) -> bytes:
+def chained(before: bytes, number: int, body: bytes, key: bytes) -> bytes:
     """The hash of a record."""
-    return hashlib.blake2b(b"%b%d %b" % (before, number, body), digest_size=32).digest()
+    data = b"%b%d %b" % (before, number, body)
+    return hashlib.blake2b(data, digest_size=32, key=key).digest()
 
 
 def segment_path(folder: Path, number: int) -> Path:

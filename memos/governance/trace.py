@@ -96,7 +96,9 @@ class Trace:
 def trace_cube(memory: Any, id: str, audit: Audit | None, actor: Actor | None) -> Trace:
     """What is known of one cube. Raises NotFoundError."""
     versions: list[Version] = memory.history(id)
-    origin = origin_of(memory, id, actor)
+    origin = Origin(*origin_of(memory, id, actor))
+    if versions and versions[0].number == 1:
+        origin = dataclasses.replace(origin, source=versions[0].source)
     uses = [] if audit is None else [r for r in audit.records(id=id) if r.names(id, memory.name)]
     if actor is not None:
         with actor.database.read() as connection:
@@ -104,7 +106,7 @@ def trace_cube(memory: Any, id: str, audit: Audit | None, actor: Actor | None) -
         if not bits & ADMIN:
             uses = [record for record in uses if record.who == actor.principal]
         uses = [_about(record, memory.name, id) for record in uses]
-    return Trace(id, memory.name, Origin(*origin), tuple(versions), tuple(uses))
+    return Trace(id, memory.name, origin, tuple(versions), tuple(uses))
 
 
 def trace_context(context: Any, told: Sequence[Record], explanation: Any) -> Trace:

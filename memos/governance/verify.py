@@ -31,7 +31,12 @@ class Report:
 
 
 def verify(
-    folder: Path, genesis: str, known: Head | None, kept: Head | str | None = None
+    folder: Path,
+    genesis: str,
+    known: Head | None,
+    kept: Head | str | None = None,
+    *,
+    key: bytes = b"",
 ) -> Report:
     """Read a log through.
 
@@ -39,6 +44,7 @@ def verify(
         genesis: of the store that it should be of.
         known:   the head that the store knows; the log may go on behind it.
         kept:    a head, or its hash, that was kept elsewhere.
+        key:     of the hashes.
 
     Returns:
         The report. Found are: a record that was changed, added, taken out or moved; a segment that
@@ -49,7 +55,7 @@ def verify(
     """
     report = Report()
     heads = [head for head in (known, kept) if isinstance(head, Head)]
-    chain = _Chain(report, first_hash(genesis), {kept, *(head.count for head in heads)})
+    chain = _Chain(report, first_hash(genesis), key, {kept, *(head.count for head in heads)})
     found = segments(folder)
     if [number for number, _ in found] != list(range(1, len(found) + 1)):
         names = ", ".join(path.name for _, path in found)
@@ -69,8 +75,9 @@ def verify(
 
 
 class _Chain:
-    def __init__(self, report: Report, first: bytes, wanted: set[Any]) -> None:
+    def __init__(self, report: Report, first: bytes, key: bytes, wanted: set[Any]) -> None:
         self.report, self.before, self.number = report, first, 0
+        self.key = key
         self.wanted = wanted  # numbers, or hashes, of records that are asked for
         self.hashes: dict[int, str] = {}
         self._bad = 0
@@ -80,7 +87,7 @@ class _Chain:
         if line.number != self.number + 1:
             self.problem(f"{where} stands behind record {self.number}: records were taken out, "
                          "added or moved")  # fmt: skip
-        elif chained(self.before, line.number, line.body).hex() != line.hash:
+        elif chained(self.before, line.number, line.body, self.key).hex() != line.hash:
             self.problem(f"{where} is not what was written, or one before it is missing")
         self.before, self.number = bytes.fromhex(line.hash), line.number
         if line.number in self.wanted or line.hash in self.wanted:
