@@ -70,7 +70,7 @@ def filled(path: Path | None = None, embedder: Any = None) -> MOS:
         acl={"read": ["user:ann"]}, thread="t1",
     )  # fmt: skip
     mos.add("notes", "gone soon", id="gone", ttl_s=1e9)
-    mos.update("notes", "key", "The spare key is gone.", {"valid_to": 5.0}, author="user:bob")
+    mos.update("notes", "key", "The spare key is gone.", {"valid_from": 5.0}, author="user:bob")
     mos.update("notes", "key", None, {"more": True}, source="letter")
     mos.delete("notes", "gone")
     docs = mos.memory("docs")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,16 @@ from .memcube_help import (
     state_of,
 )
 from .test_memcube import mutations
+
+
+@pytest.fixture(name="tmp_path")
+def fast_path_fixture(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: ten thousand files are written."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +180,7 @@ def test_records_that_lie(whole: bytes, tmp_path: Path, number: int) -> None:
     rng = random.Random(number)
     mos = target()
     refused = taken = 0
-    for i in range(90):
+    for i in range(50):
         made = mutated(lines, rng)
         if i % 3:
             made = with_digests(made)
@@ -180,8 +192,8 @@ def test_records_that_lie(whole: bytes, tmp_path: Path, number: int) -> None:
         else:
             taken += 1
             mos = target()
-    assert refused > 50
-    assert taken < 40
+    assert refused > 25
+    assert taken < 25
 
 
 def test_a_version_that_is_not_what_its_digest_says(whole: bytes, tmp_path: Path) -> None:
@@ -275,7 +287,7 @@ def test_manifests_that_lie(whole: bytes, tmp_path: Path) -> None:
     rng = random.Random(5)
     mos, refused = target(), 0
     keys = [(i, key) for i, memory in enumerate(info["memories"]) for key in memory]
-    for i in range(300):
+    for i in range(90):
         made = copy.deepcopy(info)
         number, key = rng.choice(keys)
         memory = made["memories"][number]
@@ -302,7 +314,7 @@ def test_manifests_that_lie(whole: bytes, tmp_path: Path) -> None:
             refused += 1
         else:
             mos = target()
-    assert refused > 200
+    assert refused > 60
 
 
 def test_tensors_that_lie(whole: bytes, tmp_path: Path) -> None:
@@ -311,7 +323,7 @@ def test_tensors_that_lie(whole: bytes, tmp_path: Path) -> None:
     assert len(names) == 4
     rng = random.Random(3)
     mos, refused = target(), 0
-    for i in range(160):
+    for i in range(60):
         name = names[i % 4]
         data = bytearray(members[name][1])
         place = rng.randrange(8 + int.from_bytes(data[:8], "little") + 40)
@@ -329,7 +341,7 @@ def test_tensors_that_lie(whole: bytes, tmp_path: Path) -> None:
             refused += 1
         else:
             mos = target()
-    assert refused > 100
+    assert refused > 35
 
 
 def test_members_that_belong_to_nothing_are_refused(whole: bytes, tmp_path: Path) -> None:

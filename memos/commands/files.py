@@ -73,6 +73,7 @@ def import_(options: argparse.Namespace) -> int:
                     passphrase=secrets[path],
                     trusted=_trusted(options),
                     embedder=folder.embedder_of(options),
+                    names=_names(options),
                     progress=tell,
                 )
             done.append({"file": path, **dataclasses.asdict(made)})
@@ -127,6 +128,16 @@ def inspect(options: argparse.Namespace) -> int:
     for name, value in lines:
         sys.stdout.write(f"{name}: {console.safe(value)}\n")
     return 0
+
+
+def _names(options: argparse.Namespace) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for one in options.rename or ():
+        old, equals, new = one.partition("=")
+        if not equals or not old or not new:
+            raise ArgumentError(f"--rename: OLD=NEW wanted, got {one!r}")
+        found[old] = new
+    return found
 
 
 _MEMBER = ("name", "type", "bytes", "digest")

@@ -204,6 +204,7 @@ class Files:
         passphrase: str | bytes | None = None,
         trusted: Sequence[Any] | None = None,
         embedder: Any = "auto",
+        names: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> Imported:
         """Read what ``export`` wrote, here or elsewhere. The whole file is verified before
@@ -223,6 +224,8 @@ class Files:
             embedder:    of memories that are new: "auto" or None. Register a memory before to
                 give it another one. Texts are embedded again where the file's vectors were made
                 by another one.
+            names:       of memories of the file -> what to call them here: beside one that is
+                there, to be merged into it.
             progress:    called with (bytes done, bytes in all); every byte is read twice.
 
         Raises:
@@ -249,6 +252,7 @@ class Files:
                 secret=passphrase,
                 trusted=trusted,
                 embedder=embedder,
+                names=names,
                 progress=progress,
             )
             report = run.run()

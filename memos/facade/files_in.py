@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sqlalchemy import select
@@ -16,7 +17,7 @@ from memos.memories.declarative import DeclarativeMemory
 from memos.memories.embedded import Embedded
 from memos.memories.stored import checker
 from memos.records.schema import cubes, embedders
-from memos.records.scope import acting
+from memos.records.scope import Scope, acting
 from memos.records.transfer import Embedder, MemoryInfo, parse_infos
 from memos.records.transfer_in import Counts, Target, contents_from, import_memory
 from memos.records.transfer_links import link, link_waiting
@@ -44,9 +45,11 @@ class Import:
         secret: str | bytes | None,
         trusted: Sequence[Any] | None,
         embedder: Any,
+        names: Mapping[str, str] | None,
         progress: Progress | None,
     ) -> None:
         self.records, self.memories, self.restored = records, memories, restored
+        self.names = dict(names or {})
         self.on_conflict, self.embedder, self.progress = on_conflict, embedder, progress
         self.reader = MemcubeReader(stream, secret=secret, trusted=trusted)
         self.made: dict[str, DeclarativeMemory] = {}
@@ -58,6 +61,9 @@ class Import:
         reader = self.reader
         only(reader.info, ("adapters", "memories"), "manifest.json: info")
         infos, caches = self._infos(reader.info["memories"])
+        self._check_names([info.name for info in infos] + [one["name"] for one in caches])
+        infos = [replace(info, name=self.names.get(info.name, info.name)) for info in infos]
+        caches = [{**one, "name": self.names.get(one["name"], one["name"])} for one in caches]
         adapters = self._adapters(reader.info["adapters"])
         self._check_members(infos, caches, adapters)
         before = 0
@@ -118,6 +124,16 @@ class Import:
             names.append(one["name"])
         return infos, caches
 
+    def _check_names(self, names: Sequence[str]) -> None:
+        """Raise ArgumentError where memories cannot be called as is wished."""
+        for old, new in self.names.items():
+            if old not in names or not isinstance(new, str) or not new:
+                raise ArgumentError(
+                    f"names: of {', '.join(names) or 'none'} to others wanted, got {old!r}: {new!r}"
+                )
+        if len({self.names.get(name, name) for name in names}) < len(names):
+            raise ArgumentError("names: another one for each memory wanted")
+
     def _adapters(self, value: Any) -> list[str]:
         """Digests of the adapters in the file."""
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
@@ -173,7 +189,7 @@ class Import:
             )
             report.memories[info.name] = self._report(info, target, counts)
         for info, target, first in targets:
-            report.memories[info.name].waiting = link(connection, target.table, first)
+            report.memories[info.name].waiting = link(connection, target.table, first, self.names)
         for _, target, first in targets:
             link_waiting(connection, target.table, first)
         for info, target, first in targets:
@@ -187,16 +203,16 @@ class Import:
 
     def _memory(self, connection: Connection, info: MemoryInfo) -> DeclarativeMemory:
         """The memory that takes the cubes of one of the file; made where there is none."""
+        Scope(rights=acting.get()).check_memory(connection, "admin", info.name)
         memory = self.memories.get(info.name)
         if memory is None:
-            memory = self._new(info)
-        elif memory.kind != info.kind:
+            return self._new(info)
+        if memory.kind != info.kind:
             raise ArgumentError(
                 f"memory {info.name!r}: it is of kind {memory.kind}, that of the file "
                 f"of {info.kind}"
             )
         assert isinstance(memory, DeclarativeMemory)
-        memory.scope().check_memory(connection, "admin", info.name)
         return memory
 
     def _new(self, info: MemoryInfo) -> DeclarativeMemory:

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from memos.cube.identity import canonical, version_digest
+from memos.cube.identity import version_digest
+from memos.cube.memcube import encode
 from memos.cube.safetensors import (
     ALL_ITEM_BYTES,
     LENGTH_BYTES,
@@ -116,7 +117,7 @@ class CubeFields(NamedTuple):
 
 
 class VersionFields(NamedTuple):
-    """A line of a version, checked; JSON as it is stored."""
+    """A line of a version, checked; JSON as it is stored, and what is read most often parsed."""
 
     version: int
     state: str
@@ -133,6 +134,8 @@ class VersionFields(NamedTuple):
     expires_at: float | None
     parents: bytes | None
     version_digest: bytes
+    content_value: Any
+    metadata_value: dict[str, Any]
 
 
 def parse_cube(line: Mapping[str, Any], what: str) -> CubeFields:
@@ -147,7 +150,7 @@ def parse_cube(line: Mapping[str, Any], what: str) -> CubeFields:
         kind=checked_text(line["kind"], f"{what}: kind"),
         created_at=_time(line["created_at"], f"{what}: created_at"),
         creator=_optional(line["creator"], f"{what}: creator"),
-        derived_from=None if derived is None else canonical(derived),
+        derived_from=None if derived is None else encode(derived),
         order=count(line["order"], f"{what}: order"),
         position=None if line["position"] is None else count(line["position"], what),
         thread=_optional(line["thread"], f"{what}: thread"),
@@ -163,15 +166,15 @@ def parse_version(
     if keys != VERSION_KEYS and (before is None or keys != VERSION_KEYS - {"text", "content"}):
         raise StoreError(f"{what}: a version with {', '.join(sorted(VERSION_KEYS))} wanted")
     if "text" in keys:
-        text, content = line["text"], line["content"]
+        text, value = line["text"], line["content"]
         if not isinstance(text, str):
             raise StoreError(f"{what}: text: a string wanted")
-        content = None if content is None else canonical(content)
+        content = None if value is None else encode(value)
         if before is not None and (text, content) == (before.text, before.content):
             raise StoreError(f"{what}: a text that is not that of the version before wanted")
     else:
         assert before is not None
-        text, content = before.text, before.content
+        text, content, value = before.text, before.content, before.content_value
     parents = line["parents"]
     if not _is_list(parents, str) or len(parents) > 1000:
         raise StoreError(f"{what}: parents: a list of digests wanted")
@@ -190,11 +193,11 @@ def parse_version(
         state=line["state"],
         text=text,
         content=content,
-        metadata=canonical(line["metadata"]),
+        metadata=encode(line["metadata"]),
         importance=importance,
         parent_id=_optional(line["parent_id"], f"{what}: parent_id"),
         edges=_edges(line["edges"], f"{what}: edges"),
-        acl=None if acl is None else canonical(acl),
+        acl=None if acl is None else encode(acl),
         author=_optional(line["author"], f"{what}: author"),
         source=_optional(line["source"], f"{what}: source"),
         at=_time(line["at"], f"{what}: at"),
@@ -203,6 +206,8 @@ def parse_version(
         else _time(line["expires_at"], f"{what}: expires_at"),
         parents=b"".join(_digest(one, f"{what}: parents") for one in parents) or None,
         version_digest=_digest(line["digest"], f"{what}: digest"),
+        content_value=value,
+        metadata_value=line["metadata"],
     )
 
 
@@ -278,9 +283,9 @@ def _edges(value: Any, what: str) -> str | None:
         if not isinstance(edge[4], dict):
             raise StoreError(f"{what}: properties: an object wanted")
     keys = [tuple(edge[:3]) for edge in value]
-    if len(set(keys)) < len(keys) or sorted(value, key=canonical) != value:
+    if len(set(keys)) < len(keys) or sorted(value, key=encode) != value:
         raise StoreError(f"{what}: sorted relations, each once, wanted")
-    return canonical(value) if value else None
+    return encode(value) if value else None
 
 
 def _is_list(value: Any, kind: type) -> bool:

@@ -93,6 +93,7 @@ class _Batch:
 
     rows: list[CubeRow] = field(default_factory=list)
     parent_ids: list[str | None] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
     versions: list[tuple[Any, ...]] = field(default_factory=list)
     bodies: list[tuple[bytes, str, str | None]] = field(default_factory=list)
     num_bytes: int = 0
@@ -209,6 +210,7 @@ class _Import:
                 row = self._row(fields, version)
                 self.batch.rows.append(row)
                 self.batch.parent_ids.append(version.parent_id)
+                self.batch.metadata.append(version.metadata_value)
                 self.batch.num_bytes += _size(version)
             else:
                 self._check_known(fields.id, known, version)
@@ -240,9 +242,8 @@ class _Import:
             )
         if version.parent_id is not None and not self.is_tree:
             raise StoreError(f"{self.what}: no parent wanted in a memory of kind {self.info.kind}")
-        content = None if version.content is None else json.loads(version.content)
         try:
-            self.target.check(fields.kind, version.text, content)
+            self.target.check(fields.kind, version.text, version.content_value)
         except ArgumentError as error:
             raise StoreError(f"{self.what}: {error}") from None
 
@@ -283,7 +284,6 @@ class _Import:
         )
 
     def _row(self, fields: CubeFields, last: VersionFields) -> CubeRow:
-        metadata = json.loads(last.metadata)
         return CubeRow(
             seq=self.first + fields.order,
             memory=self.memory,
@@ -292,7 +292,7 @@ class _Import:
             state=last.state,
             version=last.version,
             text=last.text,
-            context="" if self.is_tree else context_of(metadata),
+            context="" if self.is_tree else context_of(last.metadata_value),
             content=last.content,
             metadata=last.metadata,
             importance=last.importance,
@@ -339,9 +339,9 @@ class _Import:
             self.connection.exec_driver_sql(_INSERT_VERSIONS, batch.versions)
             self.counts.versions += len(batch.versions)
         if batch.rows:
-            self._write(self._with_parents(batch))
+            self._write(self._with_parents(batch), batch.metadata)
 
-    def _write(self, rows: Sequence[CubeRow]) -> None:
+    def _write(self, rows: Sequence[CubeRow], metadata: Sequence[dict[str, Any]]) -> None:
         try:
             self.connection.exec_driver_sql(_INSERT_CUBES, [tuple(row) for row in rows])
         except IntegrityError:
@@ -349,8 +349,9 @@ class _Import:
         living = [row for row in rows if row.state != DELETED]
         keys = [
             (self.memory, *fact, row.seq)
-            for row in living
-            for fact in facts_of(json.loads(row.metadata))
+            for row, items in zip(rows, metadata, strict=True)
+            if items and row.state != DELETED
+            for fact in facts_of(items)
         ]
         if keys:
             self.connection.exec_driver_sql(_INSERT_FACTS, keys)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -14,8 +14,13 @@ from memos.records.links import chunks
 from memos.records.schema import cubes
 
 
-def link(connection: Connection, table: CubeTable, first: int) -> int:
+def link(
+    connection: Connection, table: CubeTable, first: int, names: Mapping[str, str] | None = None
+) -> int:
     """Make the relations of the cubes of a memory from ``first`` on, after all memories came.
+
+    Args:
+        names: what memories of the file are called here, where that is something else.
 
     Returns:
         How many name a cube that is not in this store: they wait until it comes.
@@ -24,7 +29,8 @@ def link(connection: Connection, table: CubeTable, first: int) -> int:
     last, waiting = first - 1, 0
     while rows := connection.exec_driver_sql(_EDGED, (table.memory, last)).all():
         last = rows[-1][0]
-        waiting += _relate(connection, table.name, [(seq, json.loads(text)) for seq, text in rows])
+        found = [(seq, json.loads(text)) for seq, text in rows]
+        waiting += _relate(connection, table.name, found, names or {})
     return waiting
 
 
@@ -44,12 +50,14 @@ def link_waiting(connection: Connection, table: CubeTable, first: int) -> int:
     return len(rows)
 
 
-def _relate(connection: Connection, name: str, found: Sequence[tuple[int, Any]]) -> int:
+def _relate(
+    connection: Connection, name: str, found: Sequence[tuple[int, Any]], names: Mapping[str, str]
+) -> int:
     """Make the relations of cubes, (seq, edges), of a memory; returns how many have to wait."""
     wanted: dict[str, set[str]] = {}
     for _, edges in found:
         for _, memory, target, _, _ in edges:
-            wanted.setdefault(memory or name, set()).add(target)
+            wanted.setdefault(names.get(memory, memory) or name, set()).add(target)
     seqs: dict[tuple[str, str], int] = {}
     for memory, ids in wanted.items():
         for part in chunks(sorted(ids)):
@@ -59,7 +67,7 @@ def _relate(connection: Connection, name: str, found: Sequence[tuple[int, Any]])
     here, waiting = [], []
     for source, edges in found:
         for type, memory, target, weight, properties in edges:
-            seq = seqs.get((memory or name, target))
+            seq = seqs.get((names.get(memory, memory) or name, target))
             if seq is None:
                 waiting.append((memory or name, target, source))
             else:

@@ -12,9 +12,9 @@ from sqlalchemy import ColumnElement, Connection, func, select
 
 from memos.cube.memcube import MAX_LINE_BYTES, MemberWriter, MemcubeWriter, write_all
 from memos.errors import ArgumentError, StoreError
-from memos.records.history import digest_of, kept
+from memos.records.history import kept
 from memos.records.links import chunks
-from memos.records.schema import cubes, embedders, relations, vectors
+from memos.records.schema import CubeRow, cubes, embedders, relations, vectors
 from memos.records.scope import DELETED
 from memos.records.transfer import (
     PART_BYTES,
@@ -115,10 +115,10 @@ class _Export:
             name = records_name(self.number, self.parts)
             with self.writer.member(name, "records") as member:
                 while waiting is not None:
-                    row, old, vector = waiting
+                    row, parent_id, old, vector = waiting
                     if vector is not None:
                         vectors.append(self.cubes - first, vector[0], vector[1] or b"")
-                    self._write(member, row, old)
+                    self._write(member, row, parent_id, old)
                     waiting = next(rows, None)
                     if max(member.num_bytes, vectors.num_bytes) >= PART_BYTES:
                         break
@@ -141,7 +141,9 @@ class _Export:
             parts=self.parts,
         )
 
-    def _write(self, member: MemberWriter, row: Any, old: Iterator[Any]) -> None:
+    def _write(
+        self, member: MemberWriter, row: CubeRow, parent_id: str | None, old: Iterator[Any]
+    ) -> None:
         place = self.places.of(row.seq, self.cubes)
         position = None if row.position is None else self.places.position(row.position)
         member.write(cube_line(row, place, position, row.version))
@@ -159,10 +161,12 @@ class _Export:
             line = version_line(version, version.at, version.parent_id, same_body=body == before)
             self._line(member, row, line, version.edges)
             before = body
-        if digest_of(row, row.parent_id) != row.version_digest:
+        deleted = row.state == DELETED
+        wanted = digest_of_version(row, row, row.updated_at, parent_id, deleted)
+        if wanted != row.version_digest:
             raise self._damaged(row, "it is not what was stored")
         body = row.text, row.content
-        line = version_line(row, row.updated_at, row.parent_id, same_body=body == before)
+        line = version_line(row, row.updated_at, parent_id, same_body=body == before)
         self._line(member, row, line, row.edges)
         self.versions += row.version
         self.cubes += 1
@@ -178,15 +182,15 @@ class _Export:
             )
         member.write(line)
 
-    def _rows(self) -> Iterator[tuple[Any, Iterator[Any], Any]]:
-        """(row of ``cubes``, its old versions, its vector) by number."""
+    def _rows(self) -> Iterator[tuple[CubeRow, str | None, Iterator[Any], Any]]:
+        """(row of ``cubes``, id of its parent, its old versions, its vector) by number."""
         for batch in self._batches():
-            old = kept(self.connection, [row.seq for row in batch if row.version > 1])
-            made = self._vectors([row.seq for row in batch])
-            for row in batch:
-                yield row, old, made.get(row.seq)
+            old = kept(self.connection, [row.seq for row, _ in batch if row.version > 1])
+            made = self._vectors([row.seq for row, _ in batch])
+            for row, parent_id in batch:
+                yield row, parent_id, old, made.get(row.seq)
 
-    def _batches(self) -> Iterator[list[Any]]:
+    def _batches(self) -> Iterator[list[tuple[CubeRow, str | None]]]:
         above = cubes.alias("above")
         statement = (
             select(cubes, above.c.id.label("parent_id"))
@@ -194,12 +198,14 @@ class _Export:
             .where(self._where())
             .order_by(cubes.c.seq)
         )
-        batch: list[Any] = []
+        batch: list[tuple[CubeRow, str | None]] = []
         size = 0
         for rows in self._pages(statement):
             for row in rows:
-                batch.append(row)
-                size += len(row.text) + len(row.content or "") + len(row.metadata)
+                # Its fields are read in a fifth of the time that those of the row take.
+                cube = CubeRow._make(row[:-1])
+                batch.append((cube, row[-1]))
+                size += len(cube.text) + len(cube.content or "") + len(cube.metadata)
                 if len(batch) == _BATCH or size >= _BATCH_BYTES:
                     yield batch
                     batch, size = [], 0
