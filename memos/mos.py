@@ -435,10 +435,11 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             for memory in chosen:
                 memory.expire()
         sources = [MemorySource(memory, archived) for memory in chosen]
+        pipeline = self.pipeline
         with self.records.database.snapshot():
             given = {} if filters is None else filters
             scope = Scope(given, self._clock(), archived, rights=acting.get())
-            return self.pipeline.run(query, sources, limit, scope)
+            return pipeline.run(query, sources, limit, scope)
 
     def _with_relatives(
         self, hits: Sequence[Hit], ancestors: bool, siblings: bool, descendants: bool

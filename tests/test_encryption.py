@@ -13,7 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from memos import MOS, GeneralTextMemory, GraphMemory, TreeTextMemory, VectorMemory
 from memos.errors import MemosError
+from memos.records import sealed_image
 from memos.records.check import check
+from memos.retrieval import Pipeline
 
 from .encryption_help import KEY, MARK, Clock, Embedder, readable, seen, told
 
@@ -37,6 +39,7 @@ def memories(clock: Clock) -> list[Any]:
 
 def opened(path: Path | None, clock: Clock, **more: Any) -> MOS:
     mos = MOS(path, clock=clock, **more)
+    mos.pipeline = Pipeline(clock=clock)
     for memory in memories(clock):
         mos.register_memory(memory)
     return mos
@@ -53,6 +56,7 @@ class Twins(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
+        self.least, sealed_image._LEAST = sealed_image._LEAST, 3
         self.plain = opened(None, self.clock)
         self.sealed = opened(self.folder, self.clock, key=KEY)
         # As another process: it sees what the first one commits.
@@ -66,6 +70,7 @@ class Twins(RuleBasedStateMachine):
             self.sealed.close()
             self.other.close()
             assert readable(self.folder) == []
+            sealed_image._LEAST = self.least
         shutil.rmtree(self.folder)
 
     def both(self, call: Any) -> Any:
@@ -76,6 +81,7 @@ class Twins(RuleBasedStateMachine):
                 found.append(call(mos))
             except MemosError as error:
                 found.append((type(error), str(error)))
+            mos.records.uses.write()  # counted uses wait, else until the store is closed
         assert found[0] == found[1]
         return found[0]
 
@@ -149,6 +155,7 @@ class Twins(RuleBasedStateMachine):
         self.sealed.close()
         assert readable(self.folder) == []
         self.sealed = opened(self.folder, self.clock, key=KEY)
+        assert check(self.sealed.records) == []
 
     @rule()
     def swap(self) -> None:

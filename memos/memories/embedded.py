@@ -215,8 +215,10 @@ class Embedded:
         """The vectors of this memory, if there are any."""
         if self._search is None:
             assert self._records is not None
+            # Not under the lock: others may wait for it inside of their transactions.
+            found = self._records.vector_search(self._memory)
             with self._lock:
-                self._search = self._search or self._records.vector_search(self._memory)
+                self._search = self._search or found
         return self._search
 
     def opened(self, dim: int, identity: str) -> VectorSearch:

@@ -21,6 +21,7 @@ from memos.cube.sealing import KEY_BYTES, check_key, cipher, hkdf, seal, unseal
 from memos.errors import ArgumentError, BackendError, NotFoundError, StoreError
 
 _CHUNK = 500
+_FILES = -(1 << 40)  # minus a memory: the owner of the files beside the store
 _WAYS = "'file:PATH', 'env:NAME', 'keyring:SERVICE/NAME', 32 bytes or a MasterKey"
 
 
@@ -270,6 +271,15 @@ class KeyRing:
             self._store = self.derived(db, 0, b"memos names of rows v1")
         return self._store
 
+    def of_files(self, db: sqlite3.Connection, memory: int, *, make: bool) -> bytes | None:
+        """Under which files beside the store are encrypted, for a memory or, 0, for all of it."""
+        owner = _FILES - memory
+        if make:
+            self.ciphers(db, {owner: memory}, make=True)
+        elif not list(self._wrapped(db, [owner])):
+            return None
+        return self.derived(db, owner, b"memos files v1")
+
     def derived(self, db: sqlite3.Connection, owner: int, purpose: bytes) -> bytes:
         """32 bytes that follow from an owner's key. Raises StoreError where it has none."""
         for _, memory, wrapped in self._wrapped(db, [owner]):
@@ -302,8 +312,10 @@ class KeyRing:
         db.executemany("UPDATE sealed_keys SET wrapped = ? WHERE owner = ?", new)
 
     def destroy(self, db: sqlite3.Connection, owners: Iterable[int]) -> None:
-        """Delete the keys of owners."""
+        """Delete the keys of owners, and those of the files that may say the same."""
         gone = list(owners)
+        memories = {memory for _, memory, _ in self._wrapped(db, gone)} | {0}
+        gone += [_FILES - memory for memory in memories]
         db.executemany("DELETE FROM sealed_keys WHERE owner = ?", [(owner,) for owner in gone])
         if 0 in gone:
             self._store = None

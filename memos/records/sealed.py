@@ -43,7 +43,7 @@ _TIDY = 1000  # tombstones that nobody clears away
 _SCHEMA = """
 CREATE TABLE disk.sealed_head (
     id INTEGER PRIMARY KEY CHECK (id = 1), format INTEGER NOT NULL, master TEXT NOT NULL,
-    generation INTEGER NOT NULL, last INTEGER NOT NULL, floor INTEGER NOT NULL);
+    generation INTEGER NOT NULL, last INTEGER NOT NULL, floor INTEGER NOT NULL, image BLOB);
 CREATE TABLE disk.sealed_memories (memory INTEGER PRIMARY KEY, wrapped BLOB NOT NULL);
 CREATE TABLE disk.sealed_keys (
     owner INTEGER PRIMARY KEY, memory INTEGER NOT NULL, wrapped BLOB NOT NULL);
@@ -196,7 +196,7 @@ class Replica:
             if statement.strip():
                 db.execute(statement)
         master = self.keys.master.id
-        db.execute("INSERT INTO sealed_head VALUES (1, ?, ?, 0, 0, 0)", (FORMAT, master))
+        db.execute("INSERT INTO sealed_head VALUES (1, ?, ?, 0, 0, 0, NULL)", (FORMAT, master))
         self.keys.read(db)
 
     # A transaction.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from memos.cube.sealing import KEY_BYTES
 from memos.errors import StoreError
+from memos.records import sealed_image
 from memos.records.database import WAIT_S, Database
 from memos.records.keys import MasterKey
 from memos.records.sealed import Replica
@@ -38,6 +41,7 @@ class SealedDatabase(Database):
         self, path: Path, master: MasterKey, *, durable: bool = False, readonly: bool = False
     ) -> None:
         self._replica = Replica(path, master)
+        self._image = path.with_name("records.image")
         self._held: Connection | None = None
         self._is_writing = False
         super().__init__(path, durable=durable, readonly=readonly)
@@ -110,9 +114,16 @@ class SealedDatabase(Database):
         self.scrub()
 
     def file_key(self, memory: int) -> bytes | None:
-        """Under which files beside this one are encrypted for a memory: 32 bytes."""
+        """Under which files beside this one are encrypted for a memory: 32 bytes.
+
+        Another one after keys of its cubes were destroyed: the files before are lost with it.
+        """
         with self.read() as connection:
-            return self._replica.keys.derived(_raw(connection), -memory, b"memos files v1")
+            found = self._replica.keys.of_files(_raw(connection), memory, make=False)
+        if found is None and not self.readonly:
+            with self.write() as connection:
+                found = self._replica.keys.of_files(_raw(connection), memory, make=True)
+        return found or os.urandom(KEY_BYTES)  # nothing was written that it could open
 
     def destroy_keys(self, connection: Connection, seqs: Sequence[int]) -> None:
         """In the transaction that removes what cubes say: delete the keys that sealed it.
@@ -139,6 +150,7 @@ class SealedDatabase(Database):
         """
         if self.readonly:
             return
+        self._image.unlink(missing_ok=True)
         with self._errors(), self._write_lock, self._engine.connect() as connection:
             row = _raw(connection).execute("PRAGMA disk.wal_checkpoint(TRUNCATE)").fetchone()
         if row[0]:
@@ -153,6 +165,23 @@ class SealedDatabase(Database):
         from sqlalchemy.pool import StaticPool
 
         return {"poolclass": StaticPool}
+
+    def close(self) -> None:
+        """Write the image of the tables, where it pays for itself, and close the file."""
+        if not self.readonly and self._pid == os.getpid():
+            # It is a cache: whatever keeps the store from being read was told, or will be.
+            with contextlib.suppress(StoreError):
+                self._save_image()
+        super().close()
+
+    def _save_image(self) -> None:
+        with self.read() as connection:
+            if not sealed_image.pays(_raw(connection)):
+                return
+        key = self.file_key(0)
+        assert key is not None
+        with self._errors(), self._write_lock, self._engine.connect() as connection:
+            sealed_image.save(_raw(connection), self._image, key)
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(
@@ -170,6 +199,11 @@ class SealedDatabase(Database):
             connection = connection.execution_options(memos_write=writes)
             with connection.begin():
                 self._replica.prepare(_raw(connection), readonly=self.readonly)
+        with self._engine.connect() as connection:
+            db = _raw(connection)
+            key = self._replica.keys.of_files(db, 0, make=False)
+            if key is not None:
+                sealed_image.load(db, self._image, key)
         with self.read():
             pass
         super()._prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -137,10 +138,14 @@ class Records:
         """
         with self._lock:
             found = self._tables.get(name)
-            if found is None or found[0] != kind:
-                found = (kind, self._register(name, kind, description, config or {}))
-                self._tables[name] = found
-            return found[1]
+        if found is None or found[0] != kind:
+            # Not under the lock: others may wait for it inside of their transactions.
+            made = (kind, self._register(name, kind, description, config or {}))
+            with self._lock:
+                found = self._tables.get(name)
+                if found is None or found[0] != kind:
+                    found = self._tables[name] = made
+        return found[1]
 
     def memories(self) -> list[dict[str, Any]]:
         """name, kind, description, config and number of living cubes of every memory."""
@@ -161,7 +166,7 @@ class Records:
         """Bytes of the store on disk, indexes and write-ahead log included; 0 in memory."""
         if self.folder is None:
             return 0
-        files = [*self.folder.glob("records.sqlite*"), *self.folder.glob("indexes/*")]
+        files = [*self.folder.glob("records.*"), *self.folder.glob("indexes/*")]
         return sum(file.stat().st_size for file in files)
 
     def locate(
@@ -211,16 +216,16 @@ class Records:
 
     def embedder_of(self, memory: int) -> tuple[str, int]:
         """Identity and dim of what made a memory's vectors; ("", 0) where there are none."""
-        with self._lock:
-            if memory not in self._embedders:
-                with self.database.read() as connection:
-                    row = connection.execute(
-                        select(embedders).where(embedders.c.memory == memory)
-                    ).first()
-                if row is None:
-                    return "", 0
-                self._embedders[memory] = (row.identity, row.dim)
-            return self._embedders[memory]
+        known = self._embedders.get(memory)
+        if known is None:
+            with self.database.read() as connection:
+                row = connection.execute(
+                    select(embedders).where(embedders.c.memory == memory)
+                ).first()
+            if row is None:
+                return "", 0
+            known = self._embedders[memory] = (row.identity, row.dim)
+        return known
 
     def copy_embedder(
         self, reading: Connection, memory: int, connection: Connection, new: int
@@ -262,7 +267,7 @@ class Records:
             metric=row.metric,
             dtype=row.dtype,
             folder=None if self.folder is None else self.folder / "indexes",
-            key=self.database.file_key(memory),
+            key=functools.partial(self.database.file_key, memory),
         )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class VectorSearch:
         memory: number of the memory; dim, metric: of its vectors.
         dtype:  float32 or float16, in the rows and in the index.
         folder: where the index is cached; None: nowhere.
-        key:    32 bytes under which that is encrypted; None: it is not.
+        key:    gives 32 bytes under which that is encrypted; None: it is not.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class VectorSearch:
         metric: str = "cosine",
         dtype: str = "float32",
         folder: Path | None = None,
-        key: bytes | None = None,
+        key: Callable[[], bytes | None] = lambda: None,
     ) -> None:
         self.database, self.memory, self.dim = database, memory, dim
         self._key = key
@@ -229,20 +229,23 @@ class VectorSearch:
 
     def close(self) -> None:
         """Write the cache file, where it pays for itself."""
+        held = self._index
+        # Before the lock: others may wait for it inside of their transactions.
+        key = self._key() if held is not None and len(held) >= _SAVE_FROM else None
         with self._lock:
             index = self._index
             if index is None or self._path is None or self.database.readonly:
                 return
-            if len(index) >= _SAVE_FROM and self._seen > self._saved:
+            if index is held and len(index) >= _SAVE_FROM and self._seen > self._saved:
                 self._path.parent.mkdir(exist_ok=True)
-                index.save(self._path, stamp=self._seen, key=self._key)
+                index.save(self._path, stamp=self._seen, key=key)
                 self._saved = self._seen
             self._index = None
 
     def _open(self, connection: Connection) -> None:
         if self._path is not None:
             loaded = VectorIndex.load(
-                self._path, dim=self.dim, metric=self.metric, dtype=self.dtype, key=self._key
+                self._path, dim=self.dim, metric=self.metric, dtype=self.dtype, key=self._key()
             )
             if loaded is not None:
                 index, stamp = loaded
