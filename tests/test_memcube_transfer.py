@@ -52,6 +52,24 @@ def test_nothing_is_lost(tmp_path: Path, on_disk: bool) -> None:
     assert told["people"] == ("graph", True, 5)
 
 
+def test_encrypted_stores(tmp_path: Path) -> None:
+    """What comes into one is sealed there; what is exported from one is not, unless it is asked."""
+    one = filled(embedder=Embedder())
+    one.export(tmp_path / "1")
+    with MOS(tmp_path / "two", key=KEY) as two:
+        two.import_(tmp_path / "1", embedder=None)
+        assert problems(two) == []
+    for file in (tmp_path / "two").rglob("*"):
+        if file.is_file():
+            assert not any(word in file.read_bytes() for word in (b"spare key", b"boiler", b"Ada"))
+    with MOS(tmp_path / "two", key=KEY) as two:
+        assert state_of(one) == state_of(two)
+        two.export(tmp_path / "2")
+        two.export(tmp_path / "3", passphrase=KEY)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert b"spare key" not in (tmp_path / "3").read_bytes()
+
+
 def test_it_is_found_as_before(tmp_path: Path) -> None:
     one = filled(embedder=Embedder())
     two = opened(embedder=Embedder())

@@ -242,11 +242,13 @@ class Files:
         if embedder not in (None, "auto"):
             raise ArgumentError(f"embedder: 'auto' or None wanted, got {embedder!r}")
         self.records.database.check_writable()
-        with opened(path) as stream, explained(path), self._lock:
+        with self._lock:
+            memories, restored = dict(self._memories), frozenset(self._restored)
+        with opened(path) as stream, explained(path):
             run = Import(
                 self.records,
-                self._memories,
-                frozenset(self._restored),
+                memories,
+                restored,
                 stream,
                 on_conflict=on_conflict,
                 secret=passphrase,
@@ -256,9 +258,13 @@ class Files:
                 progress=progress,
             )
             report = run.run()
+        with self._lock:
             for name, memory in run.made.items():
-                self._memories[name] = memory
-                self._restored.add(name)
+                if name in self._memories:  # somebody has registered it meanwhile
+                    memory.close()
+                else:
+                    self._memories[name] = memory
+                    self._restored.add(name)
         return report
 
 

@@ -409,15 +409,22 @@ def _difference(file: Any, here: Any) -> str:
 
 
 def _foreign(connection: Connection, memory: Any, first: int) -> list[Rebuild]:
-    """Adapters of new cubes whose base is not the model that the memory is attached to."""
+    """Adapters of new cubes whose base is not the model that the memory is attached to.
+
+    Raises StoreError, ArgumentError: one without a name, or with one that another has.
+    """
     found = []
     table, scope = memory.table, memory.scope()
     seqs = [s for s in table.recent(connection, scope, newest_first=False) if s >= first]
     loaded = table.load(connection, seqs, scope)
-    for seq in seqs:
-        cube = loaded.get(seq)
-        base = None if cube is None else cube.content.get("base")
-        if cube is None or not base:
+    for cube in (loaded[seq] for seq in seqs if seq in loaded):
+        name = cube.metadata.get("name")
+        if not isinstance(name, str) or not name:
+            raise StoreError(f"memory {memory.name!r}, adapter {cube.id!r}: a name wanted")
+        if len(table.recent(connection, memory.scope({"name": name}), 2)) > 1:
+            raise ArgumentError(f"memory {memory.name!r}: it has an adapter {name!r} already")
+        base = cube.content.get("base")
+        if not base:
             continue
         fits = memory.fits(base)
         if fits:

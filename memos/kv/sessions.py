@@ -22,6 +22,8 @@ from typing import Any
 from memos.errors import ArgumentError, StoreError
 from memos.kv._crypto import KEY_BYTES, TenantKeys, token_bytes
 
+# Metadata: what a cache taught about a model that is known by a dict only.
+LEARNT = "kv_learnt"
 LIST = "kv_acl"  # metadata of a session: who has rights on it; no turn changes it
 
 _SCHEMA = """

@@ -16,7 +16,7 @@ from memos.cube.memcube import MemcubeReader, MemcubeWriter, parse_record, recor
 from memos.errors import ArgumentError, StoreError
 from memos.kv.frame import ZERO_KEY
 from memos.kv.identity import KVIdentity
-from memos.kv.sessions import Session
+from memos.kv.sessions import LEARNT, Session
 from memos.kv.tenant import Entry, Tenant
 
 PART_BYTES = 16 << 20  # a part ends with the session that fills it
@@ -250,6 +250,11 @@ def _parse(line: Mapping[str, Any], what: str, identity: KVIdentity) -> Stored:
     for name, kind in (("session", str), ("metadata", dict), ("pinned", bool), ("identity", str)):
         if type(line[name]) is not kind or line[name] == "":
             raise StoreError(f"{what}: {name}: {kind.__name__} wanted")
+    learnt = line["metadata"].get(LEARNT, {})
+    if not isinstance(learnt, dict) or any(
+        name not in _IDENTITY or getattr(identity, name) != value for name, value in learnt.items()
+    ):
+        raise StoreError(f"{what}: metadata: what was learnt of the model is not its identity")
     if line["text"] is not None and not isinstance(line["text"], str):
         raise StoreError(f"{what}: text: a string or null wanted")
     try:

@@ -16,7 +16,7 @@ from memos.cube import MemCube, Version
 from memos.cube.identity import adapters_of, canonical
 from memos.errors import ArgumentError, NotFoundError
 from memos.kernels.codec import Codec
-from memos.kv.sessions import LIST, Session
+from memos.kv.sessions import LEARNT, LIST, Session
 from memos.kv.store import KVStore
 from memos.memories import kv_rights
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from memos.kv.turn import Archive, Turn
 
 _ON_CUBES = ("tokens", "stored_bytes", "raw_bytes")  # figures that a reader gets with the metadata
-_LEARNT = "kv_learnt"  # metadata: what a cache taught about a model known by a dict only
 
 
 class KVCacheMemory:
@@ -454,8 +453,8 @@ class KVCacheMemory:
             if not self._has_looked:
                 self._has_looked = True
                 for session in self._tenant.sessions():
-                    if _LEARNT in session.metadata:
-                        self._shape = self._shape.with_fields(session.metadata[_LEARNT])
+                    if LEARNT in session.metadata:
+                        self._shape = self._shape.with_fields(session.metadata[LEARNT])
                         break
             return Archive(
                 tenant=self._tenant,
@@ -503,7 +502,7 @@ class KVCacheMemory:
         return self._made(
             session.id,
             restored,
-            {k: v for k, v in session.metadata.items() if k not in (_LEARNT, LIST)},
+            {k: v for k, v in session.metadata.items() if k not in (LEARNT, LIST)},
             archive,
             acl=kv_rights.shown_list(self.name, session),
             created_at=session.created_at,
@@ -531,7 +530,7 @@ class KVCacheMemory:
     def _save(self, id: str, content: Any, metadata: dict[str, Any]) -> MemCube:
         cache = self._cache_of(content)
         if self._shape.assumed:
-            metadata[_LEARNT] = self._learn(cache)
+            metadata[LEARNT] = self._learn(cache)
         session, _ = self._archive().store(id, cache, metadata)
         return self._cube(session)
 
@@ -591,7 +590,7 @@ class KVCacheMemory:
         return made
 
 
-_RESERVED = (*_ON_CUBES, _LEARNT, LIST)
+_RESERVED = (*_ON_CUBES, LEARNT, LIST)
 
 
 def _checked(metadata: dict[str, Any] | None) -> dict[str, Any]:
