@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from memos.cube.secret import Secret
 from memos.errors import ArgumentError, BackendError
 
 Generate = Callable[[str], str]
@@ -58,9 +59,10 @@ class ChatEndpoint:
         if retries < 0 or not timeout_s > 0:
             raise ArgumentError("retries from 0 and timeout_s above 0 wanted")
         self._base, self._model = base_url.rstrip("/"), model
-        self._key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
-        if self._key and not (self._key.isascii() and self._key.isprintable()):
+        key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
+        if key and not (key.isascii() and key.isprintable()):
             raise ArgumentError("api_key: printable ASCII wanted")
+        self._key = Secret(key or "")
         self._timeout_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
         self._extra = dict(extra or {})
         self._opener = urllib.request.build_opener(_NoRedirects())
@@ -88,7 +90,7 @@ class ChatEndpoint:
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+            headers["Authorization"] = f"Bearer {self._key.reveal()}"
         for attempt in range(self._retries + 1):
             request = urllib.request.Request(f"{self._base}/chat/completions", body, headers)
             try:
@@ -112,7 +114,7 @@ class ChatEndpoint:
 
     def _error(self, problem: str) -> BackendError:
         if self._key:
-            problem = problem.replace(self._key, "***")
+            problem = problem.replace(self._key.reveal(), "***")
         return BackendError(f"questions of {self._model!r} at {self._base}: {problem}")
 
 

@@ -66,7 +66,7 @@ class Figures:
 
     Args:
         recall:         of held-out questions about the new facts, by greedy decoding.
-        recall_trained: of the questions trained on.
+        recall_trained: of some of the questions trained on.
         recall_base:    of held-out questions by the base model.
         p_half:         share of target tokens with a probability above 0.5.
         anchor_kl:      mean KL(base || adapted) on held-out anchors, nats per token.

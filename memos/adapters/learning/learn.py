@@ -28,6 +28,7 @@ from memos.adapters.learning.view import LoraView
 from memos.errors import ArgumentError
 
 ANCHOR_TOKENS = 16  # the base model's own words after each anchor
+TRAINED = 64  # of the questions that were trained on are asked, at most
 FACT_TOKENS = 16  # an old fact is answered within so many
 
 
@@ -125,7 +126,8 @@ class _Exam:
     def __init__(self, view: LoraView, encoder: Encoder, rows: Rows, tests: Sequence[Question],
                  anchors: Sequence[str] | None,
                  old_facts: Sequence[Question] | None) -> None:  # fmt: skip
-        self.view, self.encoder, self.tests, self.trained = view, encoder, tests, rows.trained
+        self.view, self.encoder, self.tests = view, encoder, tests
+        self.trained = rows.trained[:: 1 + len(rows.trained) // TRAINED]
         facts = general.facts() if old_facts is None else [(q, (a,)) for q, a in old_facts]
         chat = list(general.INSTRUCTIONS if anchors is None else anchors)
         if len(chat) < 2:

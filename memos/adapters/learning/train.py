@@ -57,7 +57,7 @@ class Recipe:
     cooldown: int = 30
     rows_per_step: int = 8
     anchors_per_step: int = 6
-    kl_weight: float = 4.0
+    kl_weight: float = 6.0
     distil_weight: float = 0.5
     settled_weight: float = 0.2
     stop_share: float = 0.96
