@@ -75,7 +75,7 @@ def test_the_table_is_one_of_known_states_with_guards_and_effects() -> None:
         assert edge.effect in life.EFFECTS
         leaves = edge.old in HOT and edge.new in COLD
         assert (edge.effect == life.states.LEAVES) == leaves
-        returns = edge.old in COLD and edge.new in HOT
+        returns = edge.old not in HOT and edge.new in HOT
         assert (edge.effect == life.states.RETURNS) == returns
 
 
@@ -395,3 +395,25 @@ def test_sessions_have_no_states(mos: MOS) -> None:
         mos.sweep(hot_cubes=1, memory="kv")
     with pytest.raises(ArgumentError, match="has no states"):
         mos.archive("s", "kv")
+
+
+def test_the_page_has_the_table() -> None:
+    page = Path(__file__).parent.parent / "docs" / "lifecycle.md"
+    if not page.exists():
+        pytest.skip("the documents are tested in the source tree")
+    words = {"a call": "call", "its time": "ttl", "undo of the merge": "undo"}
+    told: dict[tuple[str, str], set[str]] = {}
+    for line in page.read_text().split("## The moves")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 5 or cells[0] == "from" or cells[0].startswith("---"):
+            continue
+        old = cells[0].split(", ")
+        if cells[0] == "all but FROZEN":
+            old = [state for state in STATES if state not in ("FROZEN", "DELETED")]
+        by = {part.split(" (")[0] for part in cells[2].split(", ")}
+        for one, new in itertools.product(old, cells[1].split(", ")):
+            told[one, new] = {words.get(part, part) for part in by}
+    table = {(edge.old, edge.new): set(edge.triggers) for edge in EDGES}
+    assert told.keys() == table.keys()
+    for ends, triggers in table.items():
+        assert triggers <= told[ends], ends

@@ -348,7 +348,33 @@ def test_graphs_are_merged_by_node_and_edge() -> None:
     assert ("z", "deleted") in {(c.id, c.field) for c in report.conflicts}
     mos.merge("side", "graph", "theirs")
     assert {c.id for c in graph.cubes()} >= {"x", "z"}
+    found = mos.retrieve("graph", {"node": {"properties": {"name": "zed"}}})
+    assert [h.id for h in found] == ["z"]
     assert check(mos.records) == []
+
+
+def test_what_comes_back_is_found_again(tmp_path: Any) -> None:
+    mos = MOS(tmp_path)
+    notes = mos.register_memory(GeneralTextMemory("notes", embedder=lambda texts: [
+        [float(len(text)), 1.0] for text in texts
+    ]))  # fmt: skip
+    mos.add("notes", "Ann plays chess", {"k": 1}, id="a")
+    mos.branch("notes", "draft")
+    mos.update("draft", "a", metadata={"k": 2})
+    mos.delete("notes", "a")
+    assert mos.merge("draft", "notes", "theirs").changed == ("a",)
+    assert [h.id for h in mos.retrieve("notes", "chess", filters={"k": 2})] == ["a"]
+    assert notes.stats()["vectors"] == 1
+    assert [(t.old, t.new, t.trigger) for t in mos.transitions("a", "notes")][-1] == (
+        "DELETED", "CREATED", "branch"
+    )  # fmt: skip
+    assert check(mos.records) == []
+    # What was forgotten for good does not.
+    mos.purge("a", "notes")
+    mos.update("draft", "a", "Ann plays go")
+    assert mos.merge("draft", "notes", "theirs").changed == ()
+    assert mos.retrieve("notes", "Ann") == []
+    mos.close()
 
 
 def test_what_cannot_be_merged() -> None:

@@ -126,7 +126,8 @@ def test_a_clone_begins_where_the_original_is(mos: MOS) -> None:
     clone = mos.clone("x", new_id="z", author="ann")
     assert (clone.content, clone.metadata, clone.importance) == ("one", {"a": 1}, 0.25)
     assert clone.derived_from == ("x",)
-    assert [r.target for r in clone.relations] == ["y"]
+    edges = {(r.type, r.target) for r in clone.relations}
+    assert edges == {("about", "y"), ("cloned_from", "x")}
     assert mos.history("z")[0].parents == (mos.get("x").digest,)
     mos.update("text", "z", "two")
     assert mos.get("x").content == "one"
@@ -134,7 +135,7 @@ def test_a_clone_begins_where_the_original_is(mos: MOS) -> None:
     mos.register_memory(GeneralTextMemory("more", embedder=None))
     there = mos.clone("x", into="more", new_id="x2")
     assert there.memory == "more"
-    assert [r.target for r in there.relations] == ["y"]
+    assert {r.target for r in there.relations} == {"x", "y"}
     mos.add("tree", "Root", id="r")
     mos.add("tree", "Leaf", id="l", parent_id="r")
     assert mos.clone("l").parent_id == "r"
@@ -144,6 +145,22 @@ def test_a_clone_begins_where_the_original_is(mos: MOS) -> None:
     assert mos.clone("n").content == node(name="Ann")
     with pytest.raises(ArgumentError, match="a text memory wanted, got 'tree'"):
         mos.clone("x", into="tree")
+
+
+def test_a_purge_tells_of_copies(mos: MOS) -> None:
+    mos.add("text", "one", id="x")
+    mos.clone("x", new_id="z")
+    side = mos.branch("text", "side")
+    mos.branch("side", "far")
+    mos.update("side", "x", "two")
+    mos.update("text", "x", "three")
+    mos.merge("side", "text", "both")
+    twin = next(c.id for c in mos.memory("text").cubes() if c.id.startswith("x~"))
+    purged = mos.purge("x", "text")
+    assert set(purged.derived) == {
+        ("text", "z"), ("text", twin), ("side", "x"), ("far", "x")
+    }  # fmt: skip
+    assert side.get("x").content == "two" and mos.history("x", "far")[0].content == "one"
 
 
 def test_a_branch_is_apart(mos: MOS) -> None:

@@ -23,8 +23,9 @@ class Purged:
     Args:
         memory:  its name.
         cubes:   how many are tombstones now: the one that was named and all that hung on it.
-        derived: (memory, id) of living cubes that were distilled, merged or learnt from them, and
-            may still say what they said: purge those too where that matters.
+        derived: (memory, id) of living cubes that were distilled, merged, learnt or cloned from
+            them, or stand in a branch, and may still say what they said: purge those too where
+            that matters.
     """
 
     memory: str
@@ -62,7 +63,10 @@ def purge(
         named = _named(memory, connection, ids)
         scope.check_memory(connection, "admin", memory.name)
         seqs = records.all_below(connection, memory.table, named)
-        derived = records.derived_from(connection, seqs)
+        derived = [
+            *records.derived_from(connection, seqs),
+            *records.in_branches(connection, memory.table.memory, seqs),
+        ]
         contents = list(records.contents_of(connection, seqs))
         memory.embedded.forget(records.texts_of(connection, seqs))
         _delete(memory, connection, seqs, who)

@@ -150,6 +150,8 @@ class _Plan:
             return _Cube(seq, None, theirs, Merged(_fields(theirs.body)))
         mine = self.ours[id][1]
         ours = mine[-1]
+        if _is_purged(mine):
+            return None
         known = {entry.digest: entry for entry in (*mine, *history)}
         parents = {digest: entry.parents for digest, entry in known.items()}
         if theirs.digest in ancestors(ours.digest, parents):
@@ -219,7 +221,7 @@ class _Plan:
             return False
         if not any(c.field == DELETED for c in cube.merged.conflicts):
             cube.merged.conflicts.append(conflict)
-        if there is None:
+        if there is None or (mine is not None and _is_purged(mine[1])):
             return False
         if callable(self.policy):
             keeps = self.policy(conflict) is not True
@@ -315,12 +317,20 @@ class _Plan:
         seq = self.ours[id][0]
         body = from_fields(cube.merged.fields)
         digest = bytes.fromhex(cube.theirs.digest)
-        if cube.ours.body.is_deleted:
+        was_gone = cube.ours.body.is_deleted
+        if was_gone:
             self.into.table.revive(self.connection, seq, self.into.now(), said["author"])
-        write(self.connection, self.into, seq, body, parents=digest, **said)
+        write(
+            self.connection, self.into, seq, body, parents=digest, is_revived=was_gone, **said
+        )
         if body.parent_id != cube.ours.body.parent_id and not cube.ours.body.is_deleted:
             self.into.move(id, body.parent_id, author=said["author"])  # type: ignore[attr-defined]
         self.changed.append(id)
+
+
+def _is_purged(history: list[Entry]) -> bool:
+    """Whether a cube was forgotten for good: no merge brings it back."""
+    return len(history) == 1 and history[0].body.is_deleted
 
 
 def needs(fields: Fields) -> list[str]:

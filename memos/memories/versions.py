@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from memos.records.store import Records
 
 
+CLONED_FROM = "cloned_from"  # from a clone to its original
+
+
 @dataclass(frozen=True)
 class Entry:
     """One version with its texts as they are stored."""
@@ -117,8 +120,12 @@ def write(
     author: str | None = None,
     source: str | None = None,
     parents: bytes = b"",
+    is_revived: bool = False,
 ) -> None:
-    """Make this body the last version of a cube; parent and rights aside."""
+    """Make this body the last version of a cube; parent and rights aside.
+
+    ``is_revived``: it was deleted until now, and nothing is derived from its content.
+    """
     from memos.memories.items import author_of
     from memos.records.scope import Scope
     from memos.records.writes import Change
@@ -127,7 +134,7 @@ def write(
     old = memory.table.one(connection, seq, Scope({}, now))
     last: Entry = entries(connection, memory, [seq])[seq][-1]
     change = Change(author=author_of(author), source=source, parents=parents)
-    is_new = (body.text, body.content) != (last.body.text, last.body.content)
+    is_new = is_revived or (body.text, body.content) != (last.body.text, last.body.content)
     if is_new:
         memory._restore(connection, old, body.text, body.content, change)
     change.metadata, change.importance, change.edges = body.metadata, body.importance, body.edges
@@ -135,6 +142,9 @@ def write(
     if is_new:
         memory.records.outdate(connection, [seq], now)
     memory._after_update(connection, seq, old, change)
+    if is_revived:
+        row = next(memory.table.rows(connection, [seq]))
+        memory._after_copy(connection, memory.table.all_ids(connection), [row])
     set_relations(connection, memory, seq, last.body.edges, body.edges)
 
 
@@ -188,6 +198,7 @@ def clone(
             body.parent_id = None
             body.edges = [(e[0], e[1] or memory.name, *e[2:]) for e in body.edges]
             body.edges = [(e[0], "" if e[1] == into.name else e[1], *e[2:]) for e in body.edges]
+        body.edges = [*body.edges, (CLONED_FROM, "" if into is memory else memory.name, id, 1.0, {})]
         kept = New(name, memory.kind, body.text, {}, 0.0, body.content)
         kept.parents, kept.edges = bytes.fromhex(last.digest), body.edges
         item = {

@@ -100,7 +100,33 @@ def derived_from(connection: Connection, seqs: Sequence[int]) -> list[tuple[str,
             .join(memories, memories.c.id == cubes.c.memory)
             .where(
                 edge.target.in_(part),
-                edge.type.in_(("distilled_from", "merged_from", "learnt_from")),
+                edge.type.in_(("distilled_from", "merged_from", "learnt_from", "cloned_from")),
+                cubes.c.state != DELETED,
+                cubes.c.seq.not_in(part),
+            )
+        )
+        found.update({(row[0], row[1]): None for row in rows})
+    return list(found)
+
+
+def in_branches(connection: Connection, memory: int, seqs: Sequence[int]) -> list[tuple[str, str]]:
+    """(memory's name, id) of living cubes that a branch, or what it was made of, has of these."""
+    from memos.records.schema import branches, memories
+
+    pairs = [tuple(row) for row in connection.execute(select(branches.c.memory, branches.c.source))]
+    kin = {memory}
+    while more := {end for pair in pairs if kin & set(pair) for end in pair} - kin:
+        kin |= more
+    found: dict[tuple[str, str], None] = {}
+    for part in chunks(list(seqs) if len(kin) > 1 else []):
+        ids = list(connection.execute(select(cubes.c.id).where(cubes.c.seq.in_(part))).scalars())
+        twins = [cubes.c.id.startswith(f"{id}~", autoescape=True) for id in ids]
+        rows = connection.execute(
+            select(memories.c.name, cubes.c.id)
+            .join(memories, memories.c.id == cubes.c.memory)
+            .where(
+                cubes.c.memory.in_(kin),
+                or_(cubes.c.id.in_(ids), *twins),
                 cubes.c.state != DELETED,
                 cubes.c.seq.not_in(part),
             )

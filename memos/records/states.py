@@ -21,6 +21,7 @@ COLD = (MERGED, ARCHIVED)  # rows only
 # What makes a cube move.
 USE, AGE, CAPACITY, IMPORTANCE = "use", "age", "capacity", "importance"
 TTL, MERGE, UNDO, CALL = "ttl", "merge", "undo", "call"
+BRANCH = "branch"  # a branch, merged into this memory, still has it
 
 # What must hold for it: see life.GUARDS.
 UNPINNED = "it is not pinned"
@@ -71,6 +72,7 @@ EDGES = (
     Edge(ARCHIVED, FROZEN, (CALL,), (), RETURNS),
     Edge(ARCHIVED, DELETED, (AGE, CALL, TTL, UNDO), (), GOES),
     Edge(FROZEN, ACTIVATED, (CALL,), (), STAYS),
+    Edge(DELETED, CREATED, (BRANCH,), (), RETURNS),
 )
 _BY_ENDS = {(edge.old, edge.new): edge for edge in EDGES}
 
