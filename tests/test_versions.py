@@ -160,7 +160,8 @@ def test_a_purge_tells_of_copies(mos: MOS) -> None:
     assert set(purged.derived) == {
         ("text", "z"), ("text", twin), ("side", "x"), ("far", "x")
     }  # fmt: skip
-    assert side.get("x").content == "two" and mos.history("x", "far")[0].content == "one"
+    assert side.get("x").content == "two"
+    assert mos.history("x", "far")[0].content == "one"
 
 
 def test_a_branch_is_apart(mos: MOS) -> None:

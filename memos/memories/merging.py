@@ -320,9 +320,7 @@ class _Plan:
         was_gone = cube.ours.body.is_deleted
         if was_gone:
             self.into.table.revive(self.connection, seq, self.into.now(), said["author"])
-        write(
-            self.connection, self.into, seq, body, parents=digest, is_revived=was_gone, **said
-        )
+        write(self.connection, self.into, seq, body, parents=digest, is_revived=was_gone, **said)
         if body.parent_id != cube.ours.body.parent_id and not cube.ours.body.is_deleted:
             self.into.move(id, body.parent_id, author=said["author"])  # type: ignore[attr-defined]
         self.changed.append(id)

@@ -198,7 +198,8 @@ def clone(
             body.parent_id = None
             body.edges = [(e[0], e[1] or memory.name, *e[2:]) for e in body.edges]
             body.edges = [(e[0], "" if e[1] == into.name else e[1], *e[2:]) for e in body.edges]
-        body.edges = [*body.edges, (CLONED_FROM, "" if into is memory else memory.name, id, 1.0, {})]
+        home = "" if into is memory else memory.name
+        body.edges = [*body.edges, (CLONED_FROM, home, id, 1.0, {})]
         kept = New(name, memory.kind, body.text, {}, 0.0, body.content)
         kept.parents, kept.edges = bytes.fromhex(last.digest), body.edges
         item = {
