@@ -63,7 +63,8 @@ class Pair:
     def _made(self, embedder: Any) -> MOS:
         mos = MOS(clock=self.clock)
         for kind, name in ((GeneralTextMemory, "notes"), (TreeTextMemory, "book")):
-            mos.register_memory(kind(name, embedder=embedder, on_duplicate="keep"))
+            more = {"embedder": embedder, "on_duplicate": "keep", "clock": self.clock}
+            mos.register_memory(kind(name, **more))
         mos.grant(ANN, "read", "*")
         return mos
 

@@ -495,7 +495,7 @@ class DeclarativeMemory:
             importance=0.5 if importance is None else importance_of(importance),
             thread=thread_of(item.get("thread"), metadata),
             source=name_of("source", item.get("source"), metadata),
-            creator=name_of("creator", item.get("creator"), metadata),
+            creator=name_of("creator", item.get("creator"), metadata) or author_of(None),
             author=author_of(name_of("creator", item.get("creator"), metadata)),
             derived_from=names_of(item.get("derived_from") or ()),
             acl=acl_of(item.get("acl")),

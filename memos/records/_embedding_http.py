@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from memos.cube.secret import Secret
 from memos.errors import ArgumentError, BackendError
 from memos.records._embedding_shared import (
     KINDS,
@@ -79,9 +80,10 @@ class OpenAIEmbedder:
         if unknown := set(prefixes or {}) - set(KINDS):
             raise ArgumentError(f"prefixes: of {', '.join(KINDS)} wanted, {unknown} came")
         self._base, self._model = base_url.rstrip("/"), model
-        self._key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
-        if self._key and not (self._key.isascii() and self._key.isprintable()):
+        key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY")
+        if key and not (key.isascii() and key.isprintable()):
             raise ArgumentError("api_key: printable ASCII wanted")
+        self._key = Secret(key or "")
         self._dim, self._timeout_s, self._batch_size = dim, timeout_s, batch_size
         self._retries, self._backoff_s = retries, backoff_s
         self._prefixes, self._extra = dict(prefixes or {}), dict(extra or {})
@@ -146,7 +148,7 @@ class OpenAIEmbedder:
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+            headers["Authorization"] = f"Bearer {self._key.reveal()}"
         for attempt in range(self._retries + 1):
             request = urllib.request.Request(f"{self._base}/embeddings", body, headers)
             wait_s = self._backoff_s * 2**attempt * random.uniform(0.75, 1.25)
@@ -182,7 +184,7 @@ class OpenAIEmbedder:
 
     def _without_key(self, text: str) -> str:
         """Some servers send the key back."""
-        return text.replace(self._key, "***") if self._key else text
+        return text.replace(self._key.reveal(), "***") if self._key else text
 
     def _error(self, problem: str) -> BackendError:
         problem = self._without_key(problem)

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
+from memos.cube.secret import Secret
 from memos.errors import ArgumentError, BackendError, StoreError
 from memos.records.graph import Edge, SqliteGraph, Wanted
 from memos.records.scope import Scope
@@ -74,12 +75,13 @@ class Server:
         """Open the pool and ask the server for its name. Raises StoreError, BackendError."""
         import neo4j
 
+        user = self._auth[0] if self._auth else ""
         with self._lock:
             if self._driver is None:
                 self._driver = self._guarded(
                     lambda: neo4j.GraphDatabase.driver(
                         self.uri,
-                        auth=self._auth,
+                        auth=None if self._auth is None else (user, self._auth[1].reveal()),
                         connection_timeout=_CONNECT_S,
                         connection_acquisition_timeout=2 * _CONNECT_S,
                         max_transaction_retry_time=0,
@@ -146,7 +148,7 @@ class Server:
 
     def _plain(self, error: Exception) -> str:
         text = str(getattr(error, "message", None) or error).partition("\n")[0]
-        secret = self._auth[1] if self._auth else ""
+        secret = self._auth[1].reveal() if self._auth else ""
         return text.replace(secret, "***") if secret else text
 
 
@@ -423,7 +425,7 @@ def _grouped(
 
 def _checked(
     params: Mapping[str, Any] | None,
-) -> tuple[str, str | None, tuple[str, str] | None]:
+) -> tuple[str, str | None, tuple[str, Secret] | None]:
     """uri, database and (user, password). Messages name what is wrong, and show no values."""
     if not isinstance(params, Mapping) or not set(params) <= set(_PARAMS) or "uri" not in params:
         names = ", ".join(sorted(map(str, params))) if isinstance(params, Mapping) else "none"
@@ -446,4 +448,5 @@ def _checked(
     user, password = params.get("username"), params.get("password")
     if (user is None) != (password is None):
         raise ArgumentError("connection_params: username and password go together")
-    return uri, params.get("database"), None if user is None else (user, password or "")
+    auth = None if user is None else (user, Secret(password or ""))
+    return uri, params.get("database"), auth
