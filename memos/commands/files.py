@@ -17,7 +17,7 @@ from memos.errors import ArgumentError, BackendError, StoreError
 
 PASSPHRASE = "MEMOS_PASSPHRASE"
 SUFFIX = ".memcube"
-CONFLICTS = ("error", "skip")
+CONFLICTS = ("error", "skip")  # as memos.facade.files, which a parser does not load
 
 
 def export(options: argparse.Namespace) -> int:

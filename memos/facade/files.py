@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from memos.records.store import Records
 
 Progress = Callable[[int, int], object]
+CONFLICTS = ("error", "skip")  # what an id does that is there already
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,10 @@ class Files:
 
         if embedder not in (None, "auto"):
             raise ArgumentError(f"embedder: 'auto' or None wanted, got {embedder!r}")
+        if on_conflict not in CONFLICTS:
+            raise ArgumentError(
+                f"on_conflict: one of {', '.join(CONFLICTS)} wanted, got {on_conflict!r}"
+            )
         self.records.database.check_writable()
         with self._lock:
             memories, restored = dict(self._memories), frozenset(self._restored)

@@ -184,7 +184,7 @@ class Import:
                 number,
                 info,
                 target,
-                on_conflict=self.on_conflict,
+                skips=self.on_conflict == "skip",
                 tell=self._tell,
             )
             report.memories[info.name] = self._report(info, target, counts)

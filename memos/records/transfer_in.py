@@ -43,7 +43,6 @@ from memos.records.words import context_of
 from memos.records.writes import content_digest
 
 _BATCH, _BATCH_BYTES = 500, 4 << 20
-CONFLICTS = ("error", "skip")
 
 Encoded = tuple[bytes | None, bytes | None]
 
@@ -106,7 +105,7 @@ def import_memory(
     info: MemoryInfo,
     target: Target,
     *,
-    on_conflict: str = "error",
+    skips: bool = False,
     tell: Callable[[int], object] = lambda num_bytes: None,
 ) -> Counts:
     """Read one memory of a file into a memory of the store; ``link`` follows when all are there.
@@ -114,15 +113,15 @@ def import_memory(
     Args:
         connection:  in a write transaction, which is undone when this raises.
         number:      of the memory in the file, from 1.
-        on_conflict: for a cube whose id is there: "error"; "skip": it stays where it has the
-            file's version, as its last one or in its history, and is an error otherwise.
+        skips:       a cube that is there stays, where it has the file's version, as its last one
+            or in its history; else any that is there is an error.
         tell:        called with how many bytes were read since the last call.
 
     Raises:
         StoreError: the file is damaged or lies.
         ArgumentError: an id is there already, or an argument is out of contract.
     """
-    return _Import(connection, reader, number, info, target, on_conflict, tell).run()
+    return _Import(connection, reader, number, info, target, skips, tell).run()
 
 
 class _Import:
@@ -133,16 +132,12 @@ class _Import:
         number: int,
         info: MemoryInfo,
         target: Target,
-        on_conflict: str,
+        skips: bool,
         tell: Callable[[int], object],
     ) -> None:
-        if on_conflict not in CONFLICTS:
-            raise ArgumentError(
-                f"on_conflict: one of {', '.join(CONFLICTS)} wanted, got {on_conflict!r}"
-            )
         self.connection, self.reader, self.number = connection, reader, number
         self.info, self.target, self.tell = info, target, tell
-        self.skips = on_conflict == "skip"
+        self.skips = skips
         self.table, self.memory = target.table, target.table.memory
         self.counts = Counts()
         self.is_tree = target.kind == "tree"
