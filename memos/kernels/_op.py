@@ -40,6 +40,12 @@ class Op(Generic[A, R]):
         self.check = check
         self.name = reference.__name__
         self.backends: dict[str, Backend[A, R]] = {}
+        # The same, taken apart: looking the fields up costs every call 0.05 us.
+        self._in_order: tuple[
+            tuple[Callable[[], str | None], Callable[..., bool], Callable[A, R]], ...
+        ] = ()
+        self.in_graph: Callable[A, R] | None = None  # its twin in torch's library (_library.py)
+        self.traced: Callable[[], bool] = bool  # whether torch.compile traces; bool(): never
         functools.update_wrapper(self, reference)
         ops[self.name] = self
 
@@ -54,18 +60,21 @@ class Op(Generic[A, R]):
 
         def attach(run: Callable[A, R]) -> Callable[A, R]:
             self.backends[name] = Backend(name, run, accepts or (lambda *a, **k: True), missing)
+            self._in_order = tuple((b.missing, b.accepts, b.run) for b in self.backends.values())
             return run
 
         return attach
 
     def __call__(self, *args: A.args, **kwargs: A.kwargs) -> R:
+        if self.traced() and self.in_graph is not None:
+            return self.in_graph(*args, **kwargs)
         self.check(*args, **kwargs)
         forced = _chosen.get() or settings.forced_backend()
         if forced is not None:
             return self._forced(forced)(*args, **kwargs)
-        for backend in self.backends.values():
-            if backend.missing() is None and backend.accepts(*args, **kwargs):
-                return backend.run(*args, **kwargs)
+        for missing, accepts, run in self._in_order:
+            if missing() is None and accepts(*args, **kwargs):
+                return run(*args, **kwargs)
         return self.reference(*args, **kwargs)
 
     def _forced(self, name: str) -> Callable[A, R]:

@@ -6,6 +6,7 @@ are. Changing the adapter of a slot is one copy into a slab and one write of a t
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 from array import array
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from memos.errors import ArgumentError
-from memos.kernels import _native
+from memos.kernels import _cuda, _library, _native, _triton
 from memos.kernels._dims import Dims, contiguous
 from memos.kernels._op import op
 
@@ -183,11 +184,53 @@ class AdapterTable:
         self.max_rank = max(self._ranks)
 
 
+class AdapterRows(AdapterTable):
+    """What an op in a graph knows of a table: its ``rows``. Keeps no slab alive.
+
+    Args:
+        rows:     [num_slots, modules, 4] int64, contiguous: ``AdapterTable.rows``.
+        shape:    (I, O) of the module that it is asked for.
+        dtype:    of the table.
+        max_rank: of the table.
+    """
+
+    def __init__(
+        self, rows: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, max_rank: int
+    ) -> None:
+        Dims().tensor("rows", rows, "num_slots modules fields", [torch.int64])
+        contiguous("rows", rows)
+        self.num_slots, modules, fields = rows.shape
+        if self.num_slots < 1 or fields != 4:
+            raise ArgumentError(f"rows: [num_slots, modules, 4] wanted, got {list(rows.shape)}")
+        self.rows, self.device, self.dtype, self.max_rank = rows, rows.device, dtype, max_rank
+        self.shapes = (shape,) * modules
+        self._on_cpu = rows.is_cpu
+        self._flat = array("q", shape * modules)
+        self._native = array("q", [rows.data_ptr(), self._flat.buffer_info()[0]])
+        self._native.extend([self.num_slots, modules, DTYPES[dtype]])
+        self._address = self._native.buffer_info()[0]
+
+    def factors(self, slot: int, module: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        down_at, up_at, R, bits = self.rows[slot, module].tolist()
+        if R == 0:
+            return None
+        (scale,) = struct.unpack("=f", struct.pack("=I", bits))
+        views = (
+            torch.frombuffer(
+                (ctypes.c_char * (R * size * self.dtype.itemsize)).from_address(at),
+                dtype=self.dtype,
+            ).view(R, size)
+            for at, size in zip((down_at, up_at), self.shapes[module], strict=True)
+        )
+        return next(views), next(views), scale
+
+
 class AdapterPlan:
     """Which tokens of a batch have which slot's adapter; made once, used for every module.
 
     Args:
-        order:  [n] int64, the tokens that have an adapter, sorted by slot; no two are equal.
+        order:  [n] int64, the tokens that have an adapter, sorted by slot; no two are equal. On a
+            GPU others may follow behind ``starts[num_slots]``: nothing reads them.
         starts: [num_slots + 1] int64, same device: slot s has ``order[starts[s] : starts[s + 1]]``.
         tokens: T, of the batch.
     """
@@ -264,10 +307,12 @@ def plan_adapters(slots: torch.Tensor, num_slots: int) -> AdapterPlan:
         num_slots: of the table that the plan is for.
 
     Returns:
-        order [n] and starts [num_slots + 1], int64 on the device of ``slots``.
+        order [n] and starts [num_slots + 1], int64 on the device of ``slots``. On a GPU order
+        is [T], with the tokens of no adapter at its end: how many have one is not known here.
 
     Raises:
         ArgumentError: a shape or dtype is out of contract, or a slot is not in [-1, num_slots).
+            On a GPU a slot out of range counts as -1: checking it would synchronise.
 
     Cost: O(T + num_slots), a counting sort.
     """
@@ -315,10 +360,10 @@ def _check_apply(
             and y.is_contiguous()
             and x.is_contiguous()
             and not y.requires_grad
-            and table._on_cpu
-            and plan._on_cpu
-            and y.is_cpu
-            and x.is_cpu
+            and (
+                (table._on_cpu and plan._on_cpu and y.is_cpu and x.is_cpu)
+                or table.device == plan.device == y.device == x.device == plan.starts.device
+            )
         )
     except (AttributeError, IndexError, TypeError):
         good = False
@@ -468,3 +513,8 @@ def merge_adapter(
 
 # The body above runs in the matrix products of torch: it is the CPU backend too.
 merge_adapter.backend("cpu")(merge_adapter.reference)
+
+
+_cuda.register_adapters(apply_adapters_)
+_triton.register_adapters(plan_adapters, apply_adapters_, merge_adapter, AdapterPlan)
+_library.register_adapters(apply_adapters_, merge_adapter, AdapterPlan, AdapterRows)

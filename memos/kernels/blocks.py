@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from memos.errors import ArgumentError
-from memos.kernels import _native
+from memos.kernels import _cuda, _library, _native, _triton
 from memos.kernels._dims import Dims, contiguous
 from memos.kernels._memory import empty
 from memos.kernels._op import op
@@ -102,3 +102,8 @@ def _write_cpu(cache: torch.Tensor, block_ids: torch.Tensor, blocks: torch.Tenso
         M,
         M * row_bytes,
     )
+
+
+_cuda.register_blocks(gather_blocks, write_blocks)
+_triton.register_blocks(gather_blocks, write_blocks)
+_library.register_blocks(gather_blocks, write_blocks)

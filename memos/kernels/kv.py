@@ -9,7 +9,7 @@ from typing import overload
 import torch
 
 from memos.errors import ArgumentError
-from memos.kernels import _native
+from memos.kernels import _cuda, _library, _native, _triton
 from memos.kernels._dims import Dims
 from memos.kernels._memory import empty
 from memos.kernels._op import op
@@ -321,7 +321,7 @@ def _quantise(
         return y.to(torch.float8_e4m3fn).view(torch.uint8), scale, scale
     zero = _to_fp16(x.amin(dim, keepdim=True) + 0.0, up=False)
     levels = 2 ** BITS[scheme.kind] - 1
-    extent = x.amax(dim, keepdim=True) - zero.float()
+    extent = x.amax(dim, keepdim=True) - zero.float() + 0.0
     scale = _to_fp16(extent * torch.tensor(1 / levels, dtype=torch.float32), up=True)
     codes = torch.round((x - zero.float()) * _inverse(scale))
     return codes.to(torch.uint8), scale, zero
@@ -451,3 +451,8 @@ def _unpack_cpu(
         lambda first, last: _native.core().cpu_unpack_kv(address, first, last), M * L, out_bytes
     )
     del tables
+
+
+_cuda.register_kv(pack_kv, unpack_kv, _call)
+_triton.register_kv(pack_kv, unpack_kv)
+_library.register_kv(pack_kv, unpack_kv)
