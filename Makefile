@@ -1,4 +1,4 @@
-# make test | demo | bench | lint | sanitize | wheel | clean
+# make test | demo | bench | lint | sanitize | cuda | wheel | clean
 #
 # Each target sets up what it needs, once: Python 3.10 or newer, a C++ compiler and make are enough,
 # everything else comes through pip into .venv. Where pip's default torch is a build for another
@@ -15,10 +15,10 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 BUILD := $(INSTALL) --no-build-isolation --editable
 
 NATIVE    := CMakeLists.txt $(sort $(shell find csrc -type f))
-CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu'))
+CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'))
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench lint format sanitize wheel setup clean
+.PHONY: demo test bench lint format sanitize cuda wheel setup clean
 
 demo: setup
 	$(PY) examples/conversation.py
@@ -40,9 +40,20 @@ format: setup $(STAMPS)/lint
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-# The native core alone, under AddressSanitizer and UndefinedBehaviorSanitizer, on random calls.
+# The native core alone, under AddressSanitizer and UndefinedBehaviorSanitizer, on random calls;
+# then the CUDA kernels, on the CPU.
 sanitize: $(STAMPS)/sanitize
 	build/sanitize/fuzz $(ARGS)
+	build/sanitize/fuzz_cuda $(ARGS)
+
+# The CUDA kernels, with nvcc, into build/cuda: minutes. What was built is checked afterwards; no
+# GPU is needed.
+cuda: setup
+	$(VENV)/bin/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+	  -DMEMOS_CUDA=ON -DPython_EXECUTABLE=$(CURDIR)/$(PY) \
+	  -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir)
+	$(VENV)/bin/cmake --build build/cuda --target _cuda
+	$(PY) -m pytest -q tests/test_cuda.py tests/test_cuda_machine_code.py
 
 wheel: setup
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

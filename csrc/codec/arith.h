@@ -166,7 +166,8 @@ MEMOS_HD Group<F> integer_group(F lo, F hi, float levels) {
   Group<F> g;
   g.zero = fp16_toward<false>(add(lo, F{}));  // -0 + 0 = +0
   g.zero_value = fp16_value<F>(g.zero);
-  g.scale = fp16_toward<true>(mul(sub(hi, g.zero_value), F{} + 1.0f / levels));
+  // Of zeros of both signs any may be the highest: the scale is +0 then, whichever it was.
+  g.scale = fp16_toward<true>(mul(add(sub(hi, g.zero_value), F{}), F{} + 1.0f / levels));
   g.inverse = inverse_of(fp16_value<F>(g.scale));
   return g;
 }
@@ -185,6 +186,13 @@ MEMOS_HD Group<F> fp8_group(F magnitude) {
 template <class F>
 MEMOS_HD F integer_code(F x, F zero, F inverse) {
   return add(mul(sub(x, zero), inverse), F{} + kMagic);
+}
+
+// 1 / sqrt(n) of the rotation by Hadamard(n), n a power of two.
+MEMOS_HD float hadamard_norm(std::int64_t n) {
+  float norm = 1.0f;
+  for (; n >= 4; n /= 4) norm *= 0.5f;
+  return n == 2 ? norm * 0.70710678118654752440f : norm;
 }
 
 }  // namespace

@@ -24,6 +24,12 @@ MEMOS_HD i64 align16(i64 n) { return (n + 15) & ~i64{15}; }
 MEMOS_HD i64 bits_of(i64 kind) {
   return kind == kInt4 ? 4 : kind == kInt2 ? 2 : kind == kRaw ? 0 : 8;
 }
+// The highest code of a kind of integers.
+template <i64 kKind>
+MEMOS_HD constexpr float levels_of() {
+  return kKind == kInt8 ? 255.0f : kKind == kInt4 ? 15.0f : 3.0f;
+}
+
 MEMOS_HD i64 item_bytes(i64 dtype) { return dtype == kF32 ? 4 : 2; }
 MEMOS_HD i64 num_groups(i64 n, i64 group) { return (n + group - 1) / group; }
 

@@ -5,38 +5,15 @@
 
 #include <cstdint>
 
+#include "codec/calls.h"
+
 namespace memos::cpu {
 
-using i64 = std::int64_t;
-
-// K and V of one layer: address, then strides in elements; the last axis is contiguous.
-struct LayerView {
-  i64 k, k_block, k_token, k_head;
-  i64 v, v_block, v_token, v_head;
-};
-
-// One call of pack_kv or unpack_kv. memos/kernels/kv.py builds it, field by field as int64.
-struct KvCall {
-  i64 layers;  // address of LayerView[L]
-  i64 L;
-  i64 block_ids;  // address of int64[M], each in [0, N)
-  i64 M;
-  i64 rows;  // address of int64[M]: where the packed bytes of block m begin, [L][row_bytes]
-  i64 N, P, H, Dk, Dv, dtype;
-  i64 k_kind, k_group, k_rotate;
-  i64 v_kind, v_group, v_rotate;
-  i64 row_bytes;  // of one layer of one block
-};
-constexpr i64 kKvCallFields = sizeof(KvCall) / sizeof(i64);
-
-// Of one slot and one module; all zero: that module stays as it is. A row of AdapterTable.rows in
-// memos/kernels/adapters.py.
-struct AdapterFactors {
-  i64 down;   // address of [R, I], contiguous
-  i64 up;     // address of [R, O], contiguous: transposed, so that outputs are neighbours
-  i64 R;      // a multiple of 8, at most 512
-  i64 scale;  // the bits of a float
-};
+using memos::AdapterFactors;
+using memos::i64;
+using memos::kKvCallFields;
+using memos::KvCall;
+using memos::LayerView;
 
 struct AdapterTable {
   i64 rows;    // address of AdapterFactors[num_slots][num_modules]

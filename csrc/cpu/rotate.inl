@@ -8,12 +8,6 @@ namespace {
 
 // Rotation: x * Hadamard(n) / sqrt(n), in place, on D floats in Pair order; n divides D.
 
-MEMOS_HD float hadamard_norm(i64 n) {
-  float norm = 1.0f;
-  for (; n >= 4; n /= 4) norm *= 0.5f;
-  return n == 2 ? norm * 0.70710678118654752440f : norm;
-}
-
 template <int W, int kStep, class F>
 MEMOS_HD F rotate_lanes(F x) {
   using U = typename Lanes<F>::U;

@@ -93,11 +93,6 @@ MEMOS_HD void store_pair(char* row, i64 channel, Pair<W> x) {
   }
 }
 
-template <i64 kKind>
-constexpr float levels_of() {
-  return kKind == kInt8 ? 255.0f : kKind == kInt4 ? 15.0f : 3.0f;
-}
-
 // Codes of 2W channels, in the low bits of the lanes, to bytes.
 template <int W, i64 kKind>
 MEMOS_HD void store_codes(char* row, i64 channel, typename Vec<W>::U even, typename Vec<W>::U odd,
