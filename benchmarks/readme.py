@@ -16,6 +16,7 @@ README = ROOT / "README.md"
 NAMES = (
     *("kernels", "kv_restore", "kv_quality", "retrieval", "documents", "records"),
     *("adapters", "parametric", "adapter_merges"),
+    *("versions", "memcube", "governance", "lifecycle"),
 )
 BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
 
@@ -126,6 +127,37 @@ def adapters() -> list[str]:
     return lines
 
 
+def cubes() -> list[str]:
+    """Versions, branches, files, rights and sweeps."""
+    update, merge, past = (pick("versions", case=case) for case in ("update", "merge", "as_of"))
+    sweep = pick("lifecycle", kind="sweep, all hot")
+    day = pick("lifecycle", kind="a day")
+    rights = {r["who"]: r["overhead"] for r in load("governance")["rows"] if "overhead" in r}
+    audit = next(r for r in load("governance")["rows"] if "append_us" in r)
+    files = load("memcube")["rows"]
+    rate = {
+        step: [r["mb_per_s"] for r in files if r["step"] == step and not r["encrypted"]]
+        for step in ("export", "import")
+    }
+    return [
+        "| cubes | |",
+        "|---|---|",
+        f"| new versions | {update['versions_per_s']:,.0f}/s |",
+        f"| a history of 1,000 versions | {update['history_ms']:.0f} ms |",
+        f"| a branch of 10,000 cubes | {merge['branch_s']:.2f} s |",
+        f"| merging 1,000 changes of two branches of 10,000 | {merge['merge_s']:.1f} s |",
+        f"| 10,000 cubes as they were: first query | {past['first_s']:.2f} s |",
+        f"| a query of a principal who may read all of 100,000, or half: added "
+        f"| {rights['all']:+.0%}, {rights['half']:+.0%} |",
+        f"| an audit record | {audit['append_us']:.0f} us |",
+        f"| a sweep of 100,000 cubes, 81,000 of which leave | {sweep['sweep_s']:.1f} s |",
+        f"| a day of use in 96 sweeps: the slowest | {day['sweep_s']:.2f} s |",
+        f"| .memcube files: written, read | {min(rate['export']):.0f} to "
+        f"{max(rate['export']):.0f} MB/s, {min(rate['import']):.0f} to "
+        f"{max(rate['import']):.0f} MB/s |",
+    ]
+
+
 def learning() -> list[str]:
     """Facts learnt, with and without the guard; half an hour of make bench."""
     if not (RESULTS / "learning.json").exists():
@@ -169,8 +201,9 @@ def table() -> str:
         lines.append(f"| `{op}` | {' | '.join(cells)} |")
     for op in ("gather_blocks", "write_blocks"):
         lines.append(f"| `{op}` | {share(op)} | | | |")
-    lines += ["", *retrieval(), "", *records(), "", *adapters(), *learning()]
-    results = [load(name) for name in NAMES]
+    lines += ["", *retrieval(), "", *records(), "", *adapters(), *learning(), "", *cubes()]
+    names = [*NAMES, *(["learning"] if (RESULTS / "learning.json").exists() else [])]
+    results = [load(name) for name in names]
     machine = results[0]["machine"]
     commits = ", ".join(dict.fromkeys(str(r["commit"])[:10] for r in results))
     lines += [

@@ -35,7 +35,7 @@ def run(*command: str, cwd: Path) -> str:
 
 
 @pytest.mark.usefixtures("_with_the_model")
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_lines_print_what_the_readme_says(number: int, tmp_path: Path) -> None:
     code, output = re.findall(r"```python\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)[number]
     assert run(sys.executable, "-c", code, cwd=tmp_path) == output
