@@ -1,0 +1,71 @@
+"""What of benchmarks/gpu.py runs without a GPU: arguments, cases, the table, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memos.kernels.codec import Codec
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+assert spec is not None
+assert spec.loader is not None
+gpu = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = gpu
+spec.loader.exec_module(gpu)
+
+
+def test_arguments() -> None:
+    found = gpu.parse(["--no-build", "--only", "pack", "--repeats", "3"])
+    assert (found.no_build, found.only, found.repeats, found.check) == (True, "pack", 3, False)
+    assert found.out == gpu.RESULTS
+    with pytest.raises(SystemExit):
+        gpu.parse(["--repeats", "0"])
+
+
+def test_cases_cover_every_kind_of_scheme() -> None:
+    cases = list(gpu.check_cases(False))
+    schemes = {s for codec, *_ in cases for s in (Codec.parse(codec).key, Codec.parse(codec).value)}
+    assert {s.kind for s in schemes} == {"raw", "int8", "int4", "int2", "fp8"}
+    assert {s.rotate for s in schemes} == {True, False}
+    assert {s.group for s in schemes} >= {32, 64}
+    assert {dtype for *_, dtype, _ in cases} == {"float32", "float16", "bfloat16"}
+    small = list(gpu.check_cases(True))
+    assert 0 < len(small) < len(cases)
+    assert all(case in cases for case in small)
+    assert all(Codec.parse(name) for name in gpu.CODECS)
+
+
+def test_table() -> None:
+    rows = [
+        gpu.Row("unpack_kv", "int4", "triton", 20.0, 2000.0, 0.5, "copy"),
+        gpu.Row("unpack_kv", "int4", "cuda", 10.0, 4000.0, 0.97, "copy"),
+        gpu.Row("apply_adapters_", "T 64", "cuda", 4.25),
+    ]
+    lines = gpu.table(rows).splitlines()
+    assert lines[0].split() == ["op", "case", "backend", "us", "GB/s", "share"]
+    assert lines[1].split() == ["apply_adapters_", "T", "64", "cuda", "4.2"]
+    assert lines[2].endswith("97 % of copy")
+    assert lines[3].endswith("50 % of copy")
+
+
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
+    if gpu.why_not() is None:
+        pytest.skip("a GPU is here")
+    out = tmp_path / "gpu.json"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stdout.startswith("gpu: ")
+    assert not out.exists()
