@@ -387,7 +387,7 @@ def test_the_key_of_a_cube_is_destroyed(tmp_path: Path) -> None:
     assert not any(row[4] in file for row in owned)
     # Not even with every key that is left: what was sealed does not open any more.
     from memos.records.keys import KeyRing
-    from memos.records.sealed import _row_name
+    from memos.records.sealed_tables import row_name
 
     db = sqlite3.connect(tmp_path / "records.sqlite")
     ring = KeyRing(tmp_path, MasterKey(KEY))
@@ -397,7 +397,7 @@ def test_the_key_of_a_cube_is_destroyed(tmp_path: Path) -> None:
     for owner, memory, wrapped in left:
         one = ring.open(owner, memory, wrapped)
         for number, key, _, gone, data in owned:
-            assert unseal(one, data, _row_name(number, key, owner, gone)) is None
+            assert unseal(one, data, row_name(number, key, owner, gone)) is None
     with opened(tmp_path) as mos:
         assert len(contents(mos)) == 20
         assert mos.get(ids[3]).importance == 0.25
@@ -452,6 +452,22 @@ def test_the_key_of_a_memory_is_destroyed(tmp_path: Path) -> None:
     with opened(tmp_path) as mos:
         assert len(contents(mos)) == 20
         assert mos.memory("gone").cubes() == []
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parent.parent / "docs" / "encryption.md"
+    if not page.exists():
+        pytest.skip("the documents are tested in the source tree")
+    code = page.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    hits = names["mos"].retrieve("notes", "allergic", filters={"patient": "ann"})
+    assert [hit.content for hit in hits] == ["Ann is allergic to penicillin."]
+    names["mos"].close()
+    assert b"penicillin" not in b"".join(
+        path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
+    )
 
 
 # The image of the tables.

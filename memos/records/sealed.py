@@ -20,12 +20,8 @@ The file:
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,15 @@ from memos.cube.sealing import pack, seal, unpack, unseal
 from memos.errors import StoreError
 from memos.records import sealed_indexes
 from memos.records.keys import KeyRing, MasterKey, called
+from memos.records.sealed_tables import (
+    INDEXES,
+    MADE,
+    Table,
+    quoted,
+    row_key,
+    row_name,
+    table_of,
+)
 
 FORMAT = 1
 DERIVED = {"facts", "graph_facts", "embeddings"}  # tables whose rows are in no file
@@ -69,76 +74,6 @@ _CHANGED = (
 )
 
 
-@dataclass(frozen=True)
-class _Table:
-    """A table in memory.
-
-    Args:
-        number:  in the file.
-        columns: all, by name; key: places of those that name a row.
-        owner:   place of the column with the number of a cube or memory; None: the store's.
-        sign:    1: the owner is a cube, -1: a memory.
-    """
-
-    name: str
-    number: int
-    columns: tuple[str, ...]
-    key: tuple[int, ...]
-    owner: int | None
-    sign: int
-
-    @property
-    def names(self) -> str:
-        return ", ".join(map(quoted, self.columns))
-
-    @property
-    def insert(self) -> str:
-        marks = ", ".join("?" * len(self.columns))
-        return f"INSERT OR REPLACE INTO main.{quoted(self.name)}({self.names}) VALUES ({marks})"
-
-    @property
-    def delete(self) -> str:
-        wanted = " AND ".join(f"{quoted(self.columns[i])} = ?" for i in self.key)
-        return f"DELETE FROM main.{quoted(self.name)} WHERE {wanted}"
-
-    @property
-    def dirty(self) -> str:
-        """The rows that this transaction changed: their keys, then what they are now."""
-        keys = [f"d.k{i}" for i in range(len(self.key))]
-        same = " AND ".join(
-            f"t.{quoted(self.columns[place])} = {key}"
-            for place, key in zip(self.key, keys, strict=True)
-        )
-        columns = ", ".join(f"t.{quoted(column)}" for column in self.columns)
-        return (
-            f"SELECT {', '.join(keys)}, {columns} FROM temp.{self.mark} d "
-            f"LEFT JOIN main.{quoted(self.name)} t ON {same}"
-        )
-
-    @property
-    def mark(self) -> str:
-        return f"sealed_dirty_{self.number}"
-
-    def triggers(self) -> Iterator[str]:
-        """The statements that note which rows change."""
-        keys = [f"k{i}" for i in range(len(self.key))]
-        yield (
-            f"CREATE TEMP TABLE {self.mark} ({', '.join(keys)}, PRIMARY KEY ({', '.join(keys)})) "
-            "WITHOUT ROWID"
-        )
-        for event, rows in (("INSERT", ["NEW"]), ("DELETE", ["OLD"]), ("UPDATE", ["OLD", "NEW"])):
-            notes = "".join(
-                f"INSERT OR IGNORE INTO {self.mark} VALUES "
-                f"({', '.join(f'{row}.{quoted(self.columns[i])}' for i in self.key)}); "
-                for row in rows
-            )
-            yield (
-                f"CREATE TEMP TRIGGER sealed_{event}_{self.number} AFTER {event} ON "
-                f"main.{quoted(self.name)} BEGIN "
-                f"INSERT OR IGNORE INTO sealed_dirty VALUES ({self.number}); {notes} END"
-            )
-
-
 class Replica:
     """One connection's tables in memory, and their file. Not thread-safe.
 
@@ -149,7 +84,7 @@ class Replica:
     def __init__(self, path: Path, master: MasterKey) -> None:
         self.path = path
         self.keys = KeyRing(path, master)
-        self._tables: dict[int, _Table] = {}
+        self._tables: dict[int, Table] = {}
         self._schema = -1  # of the tables in memory as they were last looked at
 
     # Opening.
@@ -294,7 +229,7 @@ class Replica:
         rows = db.execute(
             "SELECT name, statements FROM sealed_tables WHERE stamp > ? ORDER BY id", (seen,)
         ).fetchall()
-        there = {row[0]: row[1] for row in db.execute(_MADE)}
+        there = {row[0]: row[1] for row in db.execute(MADE)}
         for name, statements in rows:
             made = json.loads(statements)
             if name not in there:
@@ -322,9 +257,9 @@ class Replica:
             )
         }
         found: dict[str, list[str]] = {}
-        for name, statement in db.execute(_MADE):
+        for name, statement in db.execute(MADE):
             found[name] = [statement]
-        for name, statement in db.execute(_INDEXES):
+        for name, statement in db.execute(INDEXES):
             found[name].append(statement)
         if stamp is not None:
             for name in known.keys() - found.keys():
@@ -343,7 +278,7 @@ class Replica:
         for name, statements in found.items():
             if name not in numbers or statements[0].startswith("CREATE VIRTUAL"):
                 continue
-            table = _table_of(db, name, numbers[name])
+            table = table_of(db, name, numbers[name])
             self._tables[table.number] = table
             if name in DERIVED:
                 continue
@@ -371,14 +306,14 @@ class Replica:
     def _clear(self, db: sqlite3.Connection) -> None:
         """Empty the tables in memory."""
         db.execute("PRAGMA defer_foreign_keys=ON")
-        for name, statement in db.execute(_MADE).fetchall():
+        for name, statement in db.execute(MADE).fetchall():
             if not statement.startswith("CREATE VIRTUAL"):
                 db.execute(f"DELETE FROM main.{quoted(name)}")
             elif "fts5vocab" not in statement:
                 db.execute(f"INSERT INTO {quoted(name)}({quoted(name)}) VALUES ('delete-all')")
         self._forget_dirty(db)
 
-    def _note(self, db: sqlite3.Connection, table: _Table, rows: Iterable[Sequence[Any]]) -> None:
+    def _note(self, db: sqlite3.Connection, table: Table, rows: Iterable[Sequence[Any]]) -> None:
         """Have these rows sealed again at the end of the transaction."""
         marks = ", ".join("?" * len(table.key))
         db.executemany(
@@ -387,7 +322,7 @@ class Replica:
         )
         db.execute("INSERT OR IGNORE INTO sealed_dirty VALUES (?)", (table.number,))
 
-    def _note_all(self, db: sqlite3.Connection, table: _Table) -> None:
+    def _note_all(self, db: sqlite3.Connection, table: Table) -> None:
         keys = ", ".join(quoted(table.columns[i]) for i in table.key)
         db.execute(
             f"INSERT OR IGNORE INTO temp.{table.mark} SELECT {keys} FROM main.{quoted(table.name)}"
@@ -401,7 +336,7 @@ class Replica:
 
     # Inside: sealing.
 
-    def _seal(self, db: sqlite3.Connection, table: _Table, stamp: int) -> None:
+    def _seal(self, db: sqlite3.Connection, table: Table, stamp: int) -> None:
         hidden = self.keys.hidden(db)
         width = len(table.key)
         cursor = db.execute(table.dirty)
@@ -415,18 +350,18 @@ class Replica:
             for row, owner in zip(there, owners, strict=True):
                 if owner not in memories:
                     owner = 0  # of a cube that is not there any more
-                key = _row_key(hidden, table.number, [row[i] for i in table.key])
-                name = _row_name(table.number, key, owner, 0)
+                key = row_key(hidden, table.number, [row[i] for i in table.key])
+                name = row_name(table.number, key, owner, 0)
                 data = seal(ciphers[owner], pack(row), name)
                 sealed.append((table.number, key, owner, stamp, 0, data))
             for values in gone:
-                key = _row_key(hidden, table.number, values)
-                data = seal(ciphers[0], pack(values), _row_name(table.number, key, 0, 1))
+                key = row_key(hidden, table.number, values)
+                data = seal(ciphers[0], pack(values), row_name(table.number, key, 0, 1))
                 sealed.append((table.number, key, 0, stamp, 1, data))
             db.executemany(_PUT, sealed)
 
     def _owners(
-        self, db: sqlite3.Connection, table: _Table, rows: Sequence[Sequence[Any]]
+        self, db: sqlite3.Connection, table: Table, rows: Sequence[Sequence[Any]]
     ) -> list[int]:
         if table.name == "bodies":
             return [self._owner_of_body(db, row[0]) for row in rows]
@@ -463,7 +398,7 @@ class Replica:
     def _take(self, db: sqlite3.Connection, seen: int, indexes: sealed_indexes.Indexes) -> None:
         numbers = {row[0]: row[1] for row in db.execute("SELECT id, name FROM sealed_tables")}
         tables = {
-            number: _table_of(db, name, number)
+            number: table_of(db, name, number)
             for number, name in numbers.items()
             if name not in DERIVED
         }
@@ -497,7 +432,7 @@ class Replica:
                 raise StoreError(f"{self.path}: damaged, the key of {called(owner)} is missing")
             opened = self.keys.open(owner, memory, wrapped)
             for number, key, _, gone, data, _, _ in mine:
-                packed = unseal(opened, data, _row_name(number, key, owner, gone))
+                packed = unseal(opened, data, row_name(number, key, owner, gone))
                 if packed is None:
                     name = self._tables[number].name if number in self._tables else number
                     raise StoreError(
@@ -505,54 +440,3 @@ class Replica:
                         "was stored"
                     )
                 yield number, key, bool(gone), unpack(packed)
-
-
-_MADE = (
-    "SELECT name, sql FROM main.sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite\\_%' "
-    "ESCAPE '\\' AND NOT EXISTS (SELECT 1 FROM main.sqlite_master v WHERE v.sql LIKE "
-    "'CREATE VIRTUAL%' AND sqlite_master.name IN (v.name || '_data', v.name || '_idx', "
-    "v.name || '_content', v.name || '_docsize', v.name || '_config')) ORDER BY rowid"
-)
-_INDEXES = (
-    "SELECT tbl_name, sql FROM main.sqlite_master WHERE type = 'index' AND sql IS NOT NULL "
-    "ORDER BY rowid"
-)
-# Tables whose rows belong to the cube that a column without a foreign key names.
-_OF_CUBES = {"cubes", "versions", "vectors", "cold", "pins", "transitions", "uses"}
-
-
-def _table_of(db: sqlite3.Connection, name: str, number: int) -> _Table:
-    info = db.execute(f"PRAGMA main.table_info({quoted(name)})").fetchall()
-    columns = [row[1] for row in info]
-    key = [row[0] for row in sorted(info, key=lambda row: row[5]) if row[5]]
-    if not key:
-        columns, key = ["rowid", *columns], [0]
-    owner, sign = None, 1
-    foreign = db.execute(f"PRAGMA main.foreign_key_list({quoted(name)})").fetchall()
-    of_cubes = [columns.index(row[3]) for row in foreign if row[2:5:2] == ("cubes", "seq")]
-    if name in _OF_CUBES:
-        owner = columns.index("seq")
-    elif of_cubes:
-        owner = min(of_cubes)
-    elif name == "memories":
-        owner, sign = columns.index("id"), -1
-    elif any(row[1:3] == ("memory", "INTEGER") for row in info):
-        owner, sign = columns.index("memory"), -1
-    return _Table(name, number, tuple(columns), tuple(key), owner, sign)
-
-
-def _row_key(hidden: bytes, number: int, values: Sequence[Any]) -> bytes:
-    """What a row is found by: its numbers; where there is more to its name, a digest of it."""
-    if all(type(value) is int for value in values):
-        return struct.pack(f">{len(values)}q", *values)
-    text = struct.pack(">q", number) + pack(values)
-    return b"\xff" + blake2b(text, key=hidden, digest_size=16).digest()
-
-
-def _row_name(number: int, key: bytes, owner: int, gone: int) -> bytes:
-    return b"memos row v1" + struct.pack("<qqb", number, owner, gone) + key
-
-
-def quoted(name: str) -> str:
-    """A name in SQL."""
-    return name if re.fullmatch(r"[a-z_0-9]+", name) else '"' + name.replace('"', '""') + '"'

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from memos.cube.sealing import KEY_BYTES
-from memos.errors import StoreError
+from memos.errors import BackendError, StoreError
 from memos.records import sealed_image
 from memos.records.database import WAIT_S, Database
 from memos.records.keys import MasterKey
@@ -188,6 +188,11 @@ class SealedDatabase(Database):
             ":memory:", uri=True, timeout=WAIT_S, isolation_level=None, check_same_thread=False
         )
         assert self.path is not None
+        if ("TEMP_STORE=0",) in db.execute("PRAGMA compile_options").fetchall():
+            raise BackendError(
+                "key: this SQLite writes temporary tables to files (SQLITE_TEMP_STORE=0), where "
+                "names of rows could be read; another build of SQLite wanted"
+            )
         for pragma in ("foreign_keys=ON", "temp_store=MEMORY"):
             db.execute(f"PRAGMA {pragma}")
         self._replica.attach(db, readonly=self.readonly, durable=self.durable)
