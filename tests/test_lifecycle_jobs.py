@@ -32,6 +32,7 @@ def begin(task: str, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), task, str(folder), *arguments],
         stdout=subprocess.PIPE,
+        bufsize=0,  # what is read beyond the first line would be lost to communicate()
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert process.stdout is not None

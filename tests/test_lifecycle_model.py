@@ -425,7 +425,7 @@ class Trees(Lives):
     kind = "tree"
 
 
-Lives.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
-Trees.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+Lives.TestCase.settings = settings(max_examples=16, stateful_step_count=30, deadline=None)
+Trees.TestCase.settings = settings(max_examples=16, stateful_step_count=30, deadline=None)
 test_texts = Lives.TestCase
 test_trees = Trees.TestCase
