@@ -1,0 +1,340 @@
+"""The plan: which copies should be where, and the moves that get there. A pure function.
+
+For each tier, fastest first, units are ranked by the seconds that a copy there saves per second
+and byte: expected uses x (seconds from the next best place - seconds from here) / bytes. What fits
+stays or comes. A copy is made only where it pays: over the horizon it must save more seconds than
+making it takes, and an idle copy stays until its room is wanted.
+
+The moves stand in an order in which each of them leaves a valid state: room is made before it is
+used, the slowest tier first, and a last copy that cannot be built again is never given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy
+
+from memos.errors import ArgumentError
+from memos.scheduler.units import ADAPTER, KINDS, KV, TEXT, Array, State
+
+PROMOTE, DEMOTE, PREFETCH, DROP = "promote", "demote", "prefetch", "drop"
+ARCHIVE, ACTIVATE, CONSOLIDATE = "archive", "activate", "consolidate"
+
+_STAYS = 1.1  # a copy that is there is worth more than an equal one that is not: no see-saw
+_PASSED_OVER = 16
+
+
+@dataclass(frozen=True)
+class Action:
+    """One move.
+
+    Args:
+        kind:      promote, demote, prefetch, drop, archive, activate or consolidate.
+        unit:      its id.
+        source:    tier that loses the copy (demote, drop) or gives one (promote, prefetch).
+        target:    tier that gets one.
+        num_bytes: that the target takes, or for a drop that the source gives back.
+        reason:    why, in words and numbers.
+    """
+
+    kind: str
+    unit: str
+    source: str | None
+    target: str | None
+    num_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a plan may assume.
+
+    Args:
+        horizon_s:    over which a new copy has to pay for itself.
+        limit:        actions of one plan.
+        archive_rate: a text of fewer expected uses per second, weighted by importance, is
+            archived; 0: none.
+        background:   what a second of work in the background weighs against one that someone waits.
+        build:        kinds that may be built: kv (activate), adapter (consolidate).
+    """
+
+    horizon_s: float = 600.0
+    limit: int = 1024
+    archive_rate: float = 0.0
+    build: tuple[str, ...] = (KV, ADAPTER)
+    background: float = 0.5
+
+
+class Ranking:
+    """What a copy of each unit in each tier is worth, and which ones a plan wants.
+
+    Args of ``wanted``, ``density``: [n, t]; ``price`` [t]: the lowest density that fits a tier.
+    """
+
+    def __init__(self, state: State, budgets: Mapping[str, int], now: float, rules: Rules) -> None:
+        check_budgets(state, budgets)
+        n, tiers = len(state), len(state.tiers)
+        self.rate = state.rates(now, rules.horizon_s)
+        self.worth = self.rate * (1.0 + numpy.clip(state.importance, 0.0, 1.0))
+        self.fixed = state.pinned | state.in_use
+        self.density = numpy.full((n, tiers), -numpy.inf)
+        self.wanted = numpy.zeros((n, tiers), bool)
+        self.price = numpy.zeros(tiers)
+        may_build = numpy.isin(state.kind, [KINDS.index(kind) for kind in rules.build])
+        nowhere = numpy.where(state.rebuildable, state.rebuild_s, numpy.inf)
+        exists = _any(state.copies)
+        # Seconds to the first use from where it is now.
+        access = numpy.where(state.copies, state.access_s, numpy.inf)
+        here = _least(access, nowhere)
+        possible = state.num_bytes >= 0
+        safe = state.rebuildable.copy()  # units whose last copy may go
+        for t in range(tiers):
+            other = _least(access[:, t + 1 :], nowhere)
+            # What cannot be built again has a copy somewhere slower in any case.
+            slower = numpy.where(possible[:, t + 1 :], -state.access_s[:, t + 1 :], numpy.inf)
+            fallback = -_least(slower, numpy.full(n, numpy.inf))
+            other = numpy.where(numpy.isinf(other), fallback, other)
+            saved = numpy.where(numpy.isinf(other), numpy.inf, other - state.access_s[:, t])
+            size = numpy.maximum(state.num_bytes[:, t], 1)
+            with numpy.errstate(invalid="ignore"):
+                density = numpy.nan_to_num(self.worth * saved / size, nan=0.0, posinf=numpy.inf)
+            density = numpy.where(numpy.isinf(saved), numpy.inf, density)
+            density = numpy.where(possible[:, t], density, -numpy.inf)
+            has = state.copies[:, t]
+            making = numpy.where(exists, here, state.rebuild_s)
+            buildable = exists | (may_build & state.rebuildable)
+            with numpy.errstate(invalid="ignore"):
+                gain = self.worth * (here - state.access_s[:, t]) * rules.horizon_s
+                pays = (gain > rules.background * making) & possible[:, t] & buildable
+            # A copy that leaves the tier above and is the last one.
+            nearer = _any(self.wanted[:, :t])
+            leaves = possible[:, t] & ~has & ~nearer & _any(state.copies[:, :t])
+            leaves &= ~_any(state.copies[:, t + 1 :])
+            with numpy.errstate(invalid="ignore"):
+                kept = self.worth * (nowhere - state.access_s[:, t]) * rules.horizon_s
+                leaves &= ~safe | (kept > rules.background * state.access_s[:, t])
+            density = numpy.where(has & nearer, numpy.minimum(density, 0.0), density)
+            chosen = (has | leaves | (pays & ~nearer)) & ~self.fixed
+            rank = numpy.where(has, density * _STAYS, density)
+            rank = numpy.where(leaves, numpy.maximum(rank, 0.0), rank)
+            self.density[:, t] = density
+            self.wanted[:, t] = has & self.fixed
+            room = budgets[state.tiers[t]] - int(state.num_bytes[self.wanted[:, t], t].sum())
+            candidates = numpy.flatnonzero(chosen)
+            order = candidates[numpy.argsort(-rank[candidates], kind="stable")]
+            chosen_now, first_out = fill(order, state.num_bytes[:, t], room)
+            self.wanted[chosen_now, t] = True
+            if first_out is not None:
+                self.price[t] = max(float(rank[first_out]), 0.0)
+
+
+def _any(table: Array) -> Array:
+    """[n] whether any column is set: numpy reduces long axes fast, and short ones slowly."""
+    found = numpy.zeros(len(table), bool)
+    for column in table.T:
+        found |= column
+    return found
+
+
+def _least(table: Array, start: Array) -> Array:
+    """[n] the least of each row and ``start``."""
+    for column in table.T:
+        start = numpy.minimum(start, column)
+    return start
+
+
+def fill(order: Array, sizes: Array, room: int) -> tuple[Array, int | None]:
+    """Those that fit, taken in this order, and the first that does not.
+
+    What is too large for the room that is left is passed over, up to sixteen times.
+    """
+    taken: list[Array] = []
+    first_out: int | None = None
+    for _ in range(_PASSED_OVER):
+        sums = numpy.cumsum(sizes[order])
+        count = int(numpy.searchsorted(sums, room, side="right")) if len(order) else 0
+        taken.append(order[:count])
+        if count == len(order):
+            break
+        first_out = int(order[count]) if first_out is None else first_out
+        room -= int(sums[count - 1]) if count else 0
+        order = order[count + 1 :]
+        order = order[sizes[order] <= room]
+    return numpy.concatenate(taken), first_out
+
+
+def check_budgets(state: State, budgets: Mapping[str, int]) -> None:
+    """Raises ArgumentError where a tier has no budget, or one below 0."""
+    for tier in state.tiers:
+        if budgets.get(tier, -1) < 0:
+            raise ArgumentError(f"budgets: at least 0 bytes for tier {tier!r} wanted")
+
+
+def plan(
+    state: State, budgets: Mapping[str, int], now: float, rules: Rules | None = None
+) -> list[Action]:
+    """The moves that make the best of these budgets, in the order in which they may be carried out.
+
+    Deterministic. No tier is above its budget after any of the actions unless it was before, and
+    then no action adds to it. Pinned and used units keep their copies; no unit that cannot be
+    built again loses its last one.
+
+    Args:
+        budgets: bytes, for every tier of the state.
+        now:     seconds, as in the state.
+
+    Raises:
+        ArgumentError: a tier without a budget, or one below 0.
+
+    Cost: a sort of the units per tier; 0.6 s for a million.
+    """
+    rules = rules or Rules()
+    ranking = Ranking(state, budgets, now, rules)
+    return list(_Moves(state, budgets, now, rules, ranking).all())
+
+
+class _Moves:
+    def __init__(
+        self,
+        state: State,
+        budgets: Mapping[str, int],
+        now: float,
+        rules: Rules,
+        ranking: Ranking,
+    ) -> None:
+        self.state, self.now, self.rules, self.ranking = state, now, rules, ranking
+        self.budget = [budgets[tier] for tier in state.tiers]
+        used = state.used()
+        self.used = [used[tier] for tier in state.tiers]
+        self.left = rules.limit
+        self.changed: dict[tuple[int, int], bool] = {}  # copies that the actions so far changed
+        # A million wishes are not looked at when a thousand can be done.
+        self.arrivals = [self._arrivals(t) for t in range(len(state.tiers))]
+
+    def all(self) -> Iterator[Action]:
+        for t in reversed(range(len(self.state.tiers))):
+            yield from self._make_room(t)
+        for t in range(len(self.state.tiers)):
+            yield from self._bring(t)
+        yield from self._archive()
+
+    def _arrivals(self, t: int) -> Array:
+        """Units that should get a copy, the best first."""
+        state, ranking = self.state, self.ranking
+        new = numpy.flatnonzero(ranking.wanted[:, t] & ~state.copies[:, t])
+        density = ranking.density[new, t]
+        return new[numpy.argsort(-density, kind="stable")][: self.rules.limit]
+
+    def _has(self, unit: int, t: int) -> bool:
+        return self.changed.get((unit, t), bool(self.state.copies[unit, t]))
+
+    def _fits(self, unit: int, t: int) -> bool:
+        size = int(self.state.num_bytes[unit, t])
+        return size >= 0 and self.used[t] + size <= self.budget[t]
+
+    def _put(self, unit: int, t: int, there: bool) -> int:
+        size = int(self.state.num_bytes[unit, t])
+        self.changed[unit, t] = there
+        self.used[t] += size if there else -size
+        return size
+
+    def _make_room(self, t: int) -> Iterator[Action]:
+        """Copies leave a tier, the least worth first, until what should come fits."""
+        state, ranking = self.state, self.ranking
+        coming = int(state.num_bytes[self.arrivals[t], t].sum())
+        if self.used[t] + coming <= self.budget[t]:
+            return
+        may_go = state.copies[:, t] & ~ranking.wanted[:, t] & ~ranking.fixed
+        units = numpy.flatnonzero(may_go)
+        units = units[numpy.argsort(ranking.density[units, t], kind="stable")]
+        for unit in units[: 4 * self.rules.limit].tolist():
+            if self.left <= 0 or self.used[t] + coming <= self.budget[t]:
+                return
+            action = self._leave(unit, t)
+            if action is not None:
+                self.left -= 1
+                yield action
+
+    def _leave(self, unit: int, t: int) -> Action | None:
+        """A copy leaves: to a slower tier that wants it, away where another is, or not at all."""
+        state, tiers = self.state, self.state.tiers
+        why = self._value_words(unit, t)
+        others = [s for s in range(len(tiers)) if s != t and self._has(unit, s)]
+        if others:
+            size = self._put(unit, t, False)
+            reason = f"{why}; {tiers[others[0]]} holds a copy"
+            return Action(DROP, state.ids[unit], tiers[t], None, size, reason)
+        lower = [s for s in range(t + 1, len(tiers)) if self._fits(unit, s)]
+        wanted = [s for s in lower if self.ranking.wanted[unit, s]]
+        if wanted or (lower and not state.rebuildable[unit]):
+            s = (wanted or lower)[0]
+            size = self._put(unit, s, True)
+            self._put(unit, t, False)
+            reason = f"{why}; from {tiers[s]} it takes {state.access_s[unit, s]:.3g} s"
+            return Action(DEMOTE, state.ids[unit], tiers[t], tiers[s], size, reason)
+        if not state.rebuildable[unit]:
+            return None
+        size = self._put(unit, t, False)
+        reason = f"{why}; building it again takes {state.rebuild_s[unit]:.3g} s"
+        return Action(DROP, state.ids[unit], tiers[t], None, size, reason)
+
+    def _bring(self, t: int) -> Iterator[Action]:
+        for unit in self.arrivals[t].tolist():
+            if self.left <= 0:
+                return
+            if self._has(unit, t) or not self._fits(unit, t) or self.ranking.fixed[unit]:
+                continue
+            action = self._arrive(unit, t)
+            if action is not None:
+                self.left -= 1
+                yield action
+
+    def _arrive(self, unit: int, t: int) -> Action | None:
+        state, tiers, rules = self.state, self.state.tiers, self.rules
+        sources = [s for s in range(len(tiers)) if self._has(unit, s)]
+        faster = [s for s in sources if s < t]
+        if faster:
+            return None  # it would only repeat what is nearer
+        rate, access = float(self.ranking.rate[unit]), float(state.access_s[unit, t])
+        if sources:
+            source = min(sources, key=lambda s: (float(state.access_s[unit, s]), s))
+            before = float(state.access_s[unit, source])
+            due = float(state.next_use[unit]) - self.now
+            kind = PREFETCH if due <= rules.horizon_s else PROMOTE
+            when = f"wanted in {max(due, 0.0):.3g} s; " if kind == PREFETCH else ""
+            where = tiers[source]
+        else:
+            before, where, when = float(state.rebuild_s[unit]), None, ""
+            kind = CONSOLIDATE if KINDS[state.kind[unit]] == ADAPTER else ACTIVATE
+        size = self._put(unit, t, True)
+        reason = (
+            f"{when}{rate * 3600:.3g} uses an hour, each {before:.3g} s now and {access:.3g} s "
+            f"from {tiers[t]}"
+        )
+        return Action(kind, state.ids[unit], where, tiers[t], size, reason)
+
+    def _value_words(self, unit: int, t: int) -> str:
+        density, price = float(self.ranking.density[unit, t]), float(self.ranking.price[t])
+        return (
+            f"{float(self.ranking.rate[unit]) * 3600:.3g} uses an hour are worth {density:.3g} s "
+            f"per s and byte in {self.state.tiers[t]}, where {max(price, 0.0):.3g} is needed"
+        )
+
+    def _archive(self) -> Iterator[Action]:
+        limit = self.rules.archive_rate
+        if limit <= 0:
+            return
+        state, ranking = self.state, self.ranking
+        cold = (state.kind == KINDS.index(TEXT)) & ~state.archived & ~ranking.fixed
+        cold &= ranking.worth < limit
+        units = numpy.flatnonzero(cold)
+        units = units[numpy.argsort(ranking.worth[units], kind="stable")]
+        for unit in units[: max(self.left, 0)].tolist():
+            reason = (
+                f"{float(ranking.worth[unit]) * 86400:.3g} uses a day, fewer than "
+                f"{limit * 86400:.3g}"
+            )
+            self.left -= 1
+            yield Action(ARCHIVE, state.ids[unit], None, None, 0, reason)

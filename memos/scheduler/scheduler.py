@@ -1,0 +1,263 @@
+"""The scheduler: what it knows of every unit, the plans it makes of that, and why.
+
+It holds no bytes. Whoever uses units tells it; a worker carries the plans out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from memos.errors import ArgumentError, NotFoundError
+from memos.scheduler.plan import DEMOTE, DROP, Action, Ranking, Rules, check_budgets, plan
+from memos.scheduler.units import HALF_LIFE_S, Costs, Estimate, State, Unit
+from memos.scheduler.worker import DONE, Executor, Ledger, Outcome, Worker
+
+_GAPS = 3  # a unit is expected for so many of its usual gaps
+
+
+class Scheduler:
+    """One budget per tier, and a plan of what lives where. Thread-safe.
+
+    Args:
+        budgets:     bytes by tier, fastest first.
+        rules:       of the plans.
+        half_life_s: of a use.
+        clock:       seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        budgets: Mapping[str, int],
+        *,
+        rules: Rules | None = None,
+        half_life_s: float = HALF_LIFE_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.tiers = tuple(budgets)
+        self.budgets = dict(budgets)
+        self.rules = rules or Rules()
+        self.half_life_s = half_life_s
+        self.costs = Costs()
+        self.clock = clock
+        self._units: dict[str, Unit] = {}
+        self._gaps: dict[str, Estimate] = {}
+        self._last_actions: OrderedDict[str, Action] = OrderedDict()
+        self._last_plan: list[Action] = []
+        self._lock = threading.RLock()
+        self._worker: Worker | None = None
+        check_budgets(State.of([], self.tiers), self.budgets)
+
+    # What there is
+
+    def put(self, unit: Unit) -> None:
+        """A unit is there, or is another one from now on: its copies, sizes, costs, pins."""
+        State.of([unit], self.tiers)
+        with self._lock:
+            self._units[unit.id] = unit
+
+    def remove(self, id: str) -> None:
+        """A unit is gone. Unknown ones are ignored."""
+        with self._lock:
+            self._units.pop(id, None)
+            self._gaps.pop(id, None)
+            self._last_actions.pop(id, None)
+
+    def unit(self, id: str) -> Unit:
+        """What is known of a unit. Raises NotFoundError."""
+        with self._lock:
+            if id not in self._units:
+                raise NotFoundError(f"scheduler: no unit {id!r}")
+            return self._units[id]
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def use(self, id: str, at: float | None = None) -> None:
+        """A unit was used. From its gaps follows when it is expected again. Unknown: ignored."""
+        now = self.clock() if at is None else at
+        with self._lock:
+            unit = self._units.get(id)
+            if unit is None:
+                return
+            age = max(now - unit.last, 0.0)
+            heat = unit.heat * 0.5 ** (age / self.half_life_s) + 1.0
+            next_use = None
+            if unit.heat > 0:
+                gap = self._gaps.setdefault(id, Estimate(age, 0.3))
+                gap.add(age)
+                next_use = now + gap.value
+            self._units[id] = dataclasses.replace(unit, heat=heat, last=now, next_use=next_use)
+
+    def measure(self, id: str, operation: str, where: str, seconds: float) -> None:
+        """An operation on a unit took so long.
+
+        Args:
+            operation: "access" from the tier ``where``: load and decode; or "rebuild".
+        """
+        with self._lock:
+            unit = self.unit(id)
+            if operation == "rebuild":
+                self._units[id] = dataclasses.replace(unit, rebuild_s=seconds)
+            elif operation == "access" and where in self.tiers:
+                access = {**unit.access_s, where: seconds}
+                self._units[id] = dataclasses.replace(unit, access_s=access)
+            else:
+                raise ArgumentError(
+                    f"measure: access at one of {', '.join(self.tiers)}, or rebuild, wanted, "
+                    f"got {operation!r} at {where!r}"
+                )
+            size = max(unit.num_bytes.values(), default=0)
+            self.costs.add(operation, where, size, seconds)
+
+    # Plans
+
+    def state(self) -> State:
+        """Everything in columns, as it is now."""
+        now = self.clock()
+        with self._lock:
+            used = self._worker.in_use() if self._worker else set()
+            units = [self._expected(unit, now) for unit in self._units.values()]
+        units = [dataclasses.replace(u, in_use=True) if u.id in used else u for u in units]
+        return State.of(units, self.tiers, self.half_life_s)
+
+    def plan(self) -> list[Action]:
+        """What should be done now; nothing is."""
+        found = plan(self.state(), self.budgets, self.clock(), self.rules)
+        with self._lock:
+            self._last_plan = found
+        return found
+
+    def run(self) -> list[Action]:
+        """Make a plan and hand it to the worker. Raises ArgumentError without one."""
+        if self._worker is None:
+            raise ArgumentError("run: a scheduler with an executor wanted, see attach")
+        found = self.plan()
+        self._worker.submit(found)
+        return found
+
+    def attach(self, executor: Executor) -> Worker:
+        """Let a worker carry the plans out with this; returns it."""
+        if self._worker is not None:
+            self._worker.close()
+        ledger = Ledger(self.budgets, self.state().used())
+        self._worker = Worker(executor, ledger, self._size, moved=self._moved, clock=self.clock)
+        return self._worker
+
+    def close(self) -> None:
+        """Stop the worker."""
+        if self._worker is not None:
+            self._worker.close()
+
+    # What is shown
+
+    def explain(self, id: str, now: float | None = None) -> dict[str, Any]:
+        """Why a unit is where it is, in words and numbers.
+
+        Returns:
+            copies; heat; uses_per_hour; next_use_s: from now, None: not known; importance;
+            rebuild_s, access_s; tiers: for each {worth: seconds that a copy there saves per
+            second and byte, price: the least that gets a place, wanted}; action: the last one on
+            it, with its reason; words: all of that in a sentence.
+
+        Raises:
+            NotFoundError: no such unit.
+        """
+        unit = self.unit(id)
+        now = self.clock() if now is None else now
+        state = self.state()
+        ranking = Ranking(state, self.budgets, now, self.rules)
+        place = list(state.ids).index(id)
+        rate = float(ranking.rate[place]) * 3600
+        tiers = {}
+        words = []
+        for t, tier in enumerate(self.tiers):
+            worth, price = float(ranking.density[place, t]), float(ranking.price[t])
+            wanted = bool(ranking.wanted[place, t])
+            tiers[tier] = {"worth": worth, "price": price, "wanted": wanted}
+            words.append(f"{tier}: worth {worth:.3g}, {price:.3g} needed")
+        with self._lock:
+            action = self._last_actions.get(id)
+        place_words = ", ".join(sorted(unit.copies)) or "nowhere"
+        return {
+            "id": id,
+            "kind": unit.kind,
+            "copies": sorted(unit.copies),
+            "heat": unit.heat,
+            "uses_per_hour": rate,
+            "next_use_s": None if unit.next_use is None else unit.next_use - now,
+            "importance": unit.importance,
+            "pinned": unit.pinned,
+            "rebuild_s": unit.rebuild_s if unit.rebuildable else None,
+            "access_s": dict(unit.access_s),
+            "tiers": tiers,
+            "action": None if action is None else dataclasses.asdict(action),
+            "words": f"{unit.kind} {id} is in {place_words}; {rate:.3g} uses an hour; "
+            + "; ".join(words),
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """tiers: {bytes, budget, units} of each; units; planned: actions of the last plan;
+        worker: what became of actions; costs: measured bytes per second."""
+        state = self.state()
+        used = state.used()
+        counts = state.copies.sum(axis=0).tolist()
+        return {
+            "tiers": {
+                tier: {"bytes": used[tier], "budget": self.budgets[tier], "units": counts[t]}
+                for t, tier in enumerate(self.tiers)
+            },
+            "units": len(state),
+            "planned": len(self._last_plan),
+            "worker": dict(self._worker.counts) if self._worker else {},
+            "costs": self.costs.measured(),
+        }
+
+    def hottest(self, limit: int = 10) -> list[tuple[str, float]]:
+        """(id, uses an hour) of the units with the most expected uses."""
+        state = self.state()
+        rates = state.rates(self.clock(), self.rules.horizon_s) * 3600
+        order = sorted(range(len(state)), key=lambda i: (-rates[i], state.ids[i]))
+        return [(state.ids[i], float(rates[i])) for i in order[:limit]]
+
+    def last_actions(self, limit: int = 10) -> Sequence[Outcome]:
+        """What the worker did last, newest first."""
+        return [] if self._worker is None else self._worker.outcomes()[::-1][:limit]
+
+    # Inside
+
+    def _expected(self, unit: Unit, now: float) -> Unit:
+        """A unit that is overdue by several of its gaps is not expected any more."""
+        gap = self._gaps.get(unit.id)
+        if unit.next_use is not None and gap is not None and now > unit.last + _GAPS * gap.value:
+            return dataclasses.replace(unit, next_use=None)
+        return unit
+
+    def _size(self, id: str, tier: str) -> int:
+        return self.unit(id).num_bytes[tier]
+
+    def _moved(self, outcome: Outcome) -> None:
+        """The worker made or gave up a copy."""
+        action = outcome.action
+        with self._lock:
+            unit = self._units.get(action.unit)
+            if unit is None:
+                return
+            copies = set(unit.copies)
+            if outcome.made and action.target is not None:
+                copies.add(action.target)
+            if outcome.gave_up and action.source is not None:
+                copies.discard(action.source)
+            archived = unit.archived or (action.kind == "archive" and outcome.state == DONE)
+            self._units[action.unit] = dataclasses.replace(
+                unit, copies=frozenset(copies), archived=archived
+            )
+            self._last_actions[action.unit] = action
+            if outcome.state == DONE and action.kind not in (DROP, DEMOTE):
+                where = action.source or unit.kind
+                operation = "load" if action.source else "rebuild"
+                self.costs.add(operation, where, action.num_bytes, outcome.seconds)
