@@ -77,6 +77,8 @@ def imports_of(source: str, module: str, is_package: bool) -> Iterator[str]:
             names = [resolve(base, alias.name) for alias in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names = [ast.unparse(argument).strip("f'\"") for argument in node.args[:1]]
+        if id(node) in skipped and module.startswith((f"{FRONT}.triton_kernels", "memos.__")):
+            continue  # for types alone
         if id(node) in skipped and module == FRONT:
             continue
         yield from (name for name in names if name == FRONT or name.startswith("memos."))
