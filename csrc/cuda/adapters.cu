@@ -41,7 +41,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], c
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
+#elif !defined(__CUDACC__)
   const unsigned lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const auto value = [](u32 bits) {
     return kDtype == kBf16 ? bit_cast<float>(bits << 16) : fp16_value_any<float>(bits & 0xffffu);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
   if (g < tokens) x = reinterpret_cast<const char*>(part.x) + part.order[first + g] * part.x_stride;
   const i64 row_bytes = 2 * static_cast<i64>(part.I);
   for (int r = 0; r < R; r += kRows) {
-    const char* low = reinterpret_cast<const char*>(of.down) + (r + g) * row_bytes;
+    const char* low = in_global(of.down + (r + g) * row_bytes);
     const char* high = r + 8 < R ? low + 8 * row_bytes : nullptr;
     float sums[4] = {};
     // Which 32 inputs stand where in a product does not matter, as long as A and x agree: each
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kAdapterThreads)
   const int from = threadIdx.x / (kSlice / 2) * (kTokens / 2);
   if (o >= part.O) return;
   float even[4] = {}, odd[4] = {};
-  const char* up = reinterpret_cast<const char*>(of.up) + 2 * o;
+  const char* up = in_global(of.up + 2 * o);
 #pragma unroll 8
   for (int r = 0; r < R; ++r) {
     const u32 w = *reinterpret_cast<const u32*>(up + 2 * static_cast<i64>(r) * part.O);
@@ -169,8 +169,8 @@ __global__ void __launch_bounds__(kAdapterThreads)
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (from + i >= tokens) break;
-    auto* y = reinterpret_cast<u32*>(reinterpret_cast<char*>(part.y) +
-                                     part.order[first + from + i] * part.y_stride + 2 * o);
+    auto* y = reinterpret_cast<u32*>(
+        in_global(part.y + part.order[first + from + i] * part.y_stride + 2 * o));
     const u32 w = *y;
     const float a = number<kDtype>(w) + scale * even[i];
     const float b = number<kDtype>(w >> 16) + scale * odd[i];

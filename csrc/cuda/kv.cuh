@@ -68,8 +68,8 @@ __device__ __forceinline__ Work work_of(const KvPart& part) {
   const i64 token = w.value ? view.v_token : view.k_token;
   const i64 head = w.value ? view.v_head : view.k_head;
   w.token_bytes = token * kItem<kDtype>;
-  w.numbers = reinterpret_cast<char*>(base) +
-              (part.block_ids[m] * block + w.first * token + w.head * head) * kItem<kDtype>;
+  const i64 offset = part.block_ids[m] * block + w.first * token + w.head * head;
+  w.numbers = in_global(base + offset * kItem<kDtype>);
   const i64 row = part.row_stride ? part.rows[0] + m * part.row_stride : part.rows[m];
   w.packed =
       reinterpret_cast<char*>(row) + (part.layer_offset + layer) * part.row_bytes + side.offset;

@@ -278,8 +278,16 @@ __device__ __forceinline__ void clear_padding(const Work& w, const Section& sect
     w.packed[i] = 0;
 }
 
+// Four blocks for each multiprocessor; where the compiler cannot keep to 128 registers, three.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 3;
+#else
+constexpr int kBlocks = 4;
+#endif
+
 template <i64 kDtype, bool kAligned>
-__global__ void __launch_bounds__(kThreads, 4) pack_kernel(const __grid_constant__ KvPart part) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    pack_kernel(const __grid_constant__ KvPart part) {
   MEMOS_SHARED(shared);
   const Work w = work_of<kDtype>(part);
   const Side& side = part.side[w.value];
