@@ -147,11 +147,11 @@ def merge_spec(dtype: str) -> dict[str, Any]:
     from memos.triton_kernels import adapters
 
     pointers = dict.fromkeys(("out_ptr", "weight_ptr", "down_ptr", "up_ptr"), f"*{dtype}")
-    sizes = {"outputs": "i32", "R": "i32", "scale": "fp32", "weight_stride": "i32"}
+    sizes = {"outputs": "i32", "scale": "fp32", "weight_stride": "i32"}
     return {
         "kernel": adapters._merge_kernel,
         "types": pointers | sizes,
-        "constants": {"BLOCK_R": 16, "BLOCK": adapters.MERGE_TILE, "inputs": 4096},
+        "constants": {"R": 16, "BLOCK_R": 16, "BLOCK": adapters.MERGE_TILE, "inputs": 4096},
     }
 
 

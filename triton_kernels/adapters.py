@@ -303,8 +303,8 @@ def plan_adapters(slots: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, to
 
 @triton.jit
 def _merge_kernel(
-    out_ptr, weight_ptr, weight_stride, down_ptr, up_ptr, outputs, inputs, R, scale,
-    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    out_ptr, weight_ptr, weight_stride, down_ptr, up_ptr, outputs, inputs, scale,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program makes a tile of ``weight + scale * up @ down``.
 
@@ -349,7 +349,7 @@ def merge_adapter(
     block_r = min(64, max(16, triton.next_power_of_2(max(1, down.shape[0]))))
     with torch.cuda.device_of(weight):
         _merge_kernel[grid](
-            out, weight, weight.stride(0), down, up, outputs, inputs, down.shape[0],
-            float(scale), block_r, MERGE_TILE, num_warps=4,
+            out, weight, weight.stride(0), down, up, outputs, inputs, float(scale),
+            down.shape[0], block_r, MERGE_TILE, num_warps=4,
         )  # fmt: skip
     return out

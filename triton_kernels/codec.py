@@ -1,8 +1,8 @@
 """The arithmetic of the codecs (csrc/codec/arith.h) on a GPU: the same bytes as on the CPU.
 
-Only operations that are rounded on their own, and integers where a rounding has a direction or an
-instruction that Triton's interpreter does not have. Kernels that use this are compiled with
-``enable_fp_fusion=False``: a fused multiply and add rounds once where the CPU rounds twice.
+Only operations that are rounded on their own, and integers where Triton's interpreter rounds in
+another way than the hardware (fp8, bf16) or where bits are any. Kernels that use this are compiled
+with ``enable_fp_fusion=False``: a fused multiply and add rounds once where the CPU rounds twice.
 """
 
 from __future__ import annotations
@@ -27,26 +27,33 @@ def _float(u):
 
 
 @triton.jit
-def fitted(x):
-    """NaN to 0, what is beyond fp16 to +-65504."""
-    x = tl.where(x == x, x, 0.0)
+def clamped(x):
+    """What is beyond fp16 to +-65504."""
     return tl.minimum(tl.maximum(x, -_TOP), _TOP)
 
 
 @triton.jit
+def fitted(x):
+    """NaN to 0, what is beyond fp16 to +-65504."""
+    return clamped(tl.where(x == x, x, 0.0))
+
+
+@triton.jit
 def fp16_toward(x, UP: tl.constexpr):
-    """fp16 bits of a finite x up to 65504, rounded towards +infinity (UP) or -infinity."""
-    bits = _bits(x)
-    magnitude = bits & 0x7FFFFFFF
-    negative = bits >> 31
-    is_normal = magnitude >= (113 << 23)
-    scaled = tl.where(is_normal, 0.0, _float(magnitude) * 16777216.0)  # units of 2^-24
-    small = scaled.to(tl.int32).to(tl.uint32)
-    normal = (magnitude >> 13) - (112 << 10)
-    loss = tl.where(is_normal, magnitude & 0x1FFF, _bits(scaled - small.to(tl.float32)))
-    direction = negative ^ 1 if UP else negative
-    away = tl.where(loss != 0, direction, 0)
-    return (tl.where(is_normal, normal, small) + away) | (negative << 15)
+    """fp16 bits of a finite x up to 65504, rounded towards +infinity (UP) or -infinity: the
+    nearest, then one step where that lies on the wrong side."""
+    nearest = x.to(tl.float16)
+    bits = nearest.to(tl.uint16, bitcast=True).to(tl.uint32)
+    near = nearest.to(tl.float32)
+    wrong = near < x if UP else near > x
+    grows = (bits < 0x8000) if UP else (bits >= 0x8000)  # the step grows the magnitude
+    return tl.where(wrong, tl.where(grows, bits + 1, bits - 1), bits)
+
+
+@triton.jit
+def fp16_number(bits):
+    """The number of finite fp16 bits."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -89,10 +96,10 @@ def group_of(lo, hi, KIND: tl.constexpr):
     else:
         LEVELS: tl.constexpr = 255.0 if KIND == INT8 else 15.0 if KIND == INT4 else 3.0
         zero = fp16_toward(lo + 0.0, False)  # -0 + 0 = +0
-        scale = fp16_toward((hi - fp16_value(zero)) * (1.0 / LEVELS), True)
-    step = fp16_value(scale)
+        scale = fp16_toward((hi - fp16_number(zero)) * (1.0 / LEVELS), True)
+    step = fp16_number(scale)
     inverse = tl.where(step > 0.0, tl.div_rn(1.0, tl.where(step > 0.0, step, 1.0)), 0.0)
-    return scale, zero, fp16_value(zero), inverse
+    return scale, zero, fp16_number(zero), inverse
 
 
 @triton.jit
@@ -135,5 +142,5 @@ def rotated(x, T: tl.constexpr, C: tl.constexpr, SIZE: tl.constexpr, NORM: tl.co
 def stored(x, dtype: tl.constexpr):
     """float32 to what is stored, to the nearest even; fp16 saturates."""
     if dtype == tl.float16:
-        x = tl.minimum(tl.maximum(x, -_TOP), _TOP)
+        x = clamped(x)
     return rounded(x, dtype)

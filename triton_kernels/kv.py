@@ -19,6 +19,7 @@ from memos.triton_kernels.codec import (
     INT2,
     INT4,
     RAW,
+    clamped,
     code_of,
     fitted,
     fp16_value,
@@ -77,9 +78,39 @@ def _words_at(section, START: tl.constexpr, WORD: tl.constexpr):
 def _join_codes(codes, T: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr):
     """Codes [T, C] of uint32 -> words [T, C / codes per word], the first code lowest."""
     PER: tl.constexpr = WORD.primitive_bitwidth // BITS
-    parts = tl.reshape(codes, [T, C // PER, PER])
-    shifts = (tl.arange(0, PER) * BITS).to(tl.uint32)
-    return tl.sum(parts << shifts[None, None, :], 2).to(WORD)
+    LOG: tl.constexpr = (PER > 1) + (PER > 2) + (PER > 4) + (PER > 8)
+    for i in tl.static_range(LOG):  # neighbours: half as many numbers to move at each step
+        low, high = tl.split(tl.reshape(codes, [T, C >> (i + 1), 2]))
+        codes = low | (high << (BITS << i))
+    return codes.to(WORD)
+
+
+@triton.jit
+def _pairs(x, N: tl.constexpr, FAR: tl.constexpr):
+    """The two halves of [N] numbers: the first and the last N / 2 (FAR), or every second."""
+    if FAR:
+        return tl.split(tl.permute(tl.reshape(x, [2, N // 2]), (1, 0)))
+    else:
+        return tl.split(tl.reshape(x, [N // 2, 2]))
+
+
+@triton.jit
+def _extremes(low, high, A: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr, SAME: tl.constexpr):
+    """The least of each of A rows of N numbers of ``low`` (of N columns, where FAR), and the
+    greatest of ``high``; SAME: the greatest twice.
+
+    By halves, so that afterwards each lane has numbers of its own: what is computed of them is not
+    computed by every lane that took part.
+    """
+    LOG: tl.constexpr = (N > 1) + (N > 2) + (N > 4) + (N > 8) + (N > 16) + (N > 32)
+    for i in tl.static_range(LOG):
+        a, b = _pairs(high, A * N >> i, FAR)
+        high = tl.maximum(a, b)
+        if not SAME:
+            a, b = _pairs(low, A * N >> i, FAR)
+            low = tl.minimum(a, b)
+    high = tl.reshape(high, [A])
+    return high if SAME else tl.reshape(low, [A]), high
 
 
 @triton.jit
@@ -123,16 +154,20 @@ def _encode(numbers, token_stride, section, h, tile, KIND: tl.constexpr, CHANNEL
     else:
         x = fitted(tl.load(where, mask=inside, other=0.0).to(tl.float32))
         if ROTATE > 1:
-            x = fitted(rotated(x, T, C, ROTATE, NORM))
+            x = clamped(rotated(x, T, C, ROTATE, NORM))
         scales = _words_at(section, SCALES, tl.uint16)
         zeros = _words_at(section, ZEROS, tl.uint16)
+        if KIND == FP8:
+            low = tl.abs(x)  # what is outside is 0
+            high = low
+        elif P % T == 0 and D % C == 0:
+            low = x
+            high = x
+        else:
+            low = tl.where(inside, x, float("inf"))
+            high = tl.where(inside, x, float("-inf"))
         if CHANNELS:
-            if KIND == FP8:
-                hi = tl.max(tl.abs(x), 0)  # what is outside is 0
-                lo = hi
-            else:
-                lo = tl.min(tl.where(inside, x, float("inf")), 0)
-                hi = tl.max(tl.where(inside, x, float("-inf")), 0)
+            lo, hi = _extremes(low, high, C, T, True, KIND == FP8)
             scale, zero, zero_value, inverse = group_of(lo, hi, KIND)
             at = (h * ((P + T - 1) // T) + i) * D + c
             tl.store(scales + at, scale.to(tl.uint16), mask=c < D)
@@ -144,13 +179,9 @@ def _encode(numbers, token_stride, section, h, tile, KIND: tl.constexpr, CHANNEL
             NUM: tl.constexpr = C // G
             REAL: tl.constexpr = (D + G - 1) // G
             grouped = tl.reshape(x, [T, NUM, G])
-            if KIND == FP8:
-                hi = tl.max(tl.abs(grouped), 2)
-                lo = hi
-            else:
-                there = tl.reshape(inside, [T, NUM, G])
-                lo = tl.min(tl.where(there, grouped, float("inf")), 2)
-                hi = tl.max(tl.where(there, grouped, float("-inf")), 2)
+            lo, hi = _extremes(low, high, T * NUM, G, False, KIND == FP8)
+            lo = tl.reshape(lo, [T, NUM])
+            hi = tl.reshape(hi, [T, NUM])
             scale, zero, zero_value, inverse = group_of(lo, hi, KIND)
             g = tl.arange(0, NUM)
             at = (h * P + t)[:, None] * REAL + g[None, :]
