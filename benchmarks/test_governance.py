@@ -1,9 +1,9 @@
 """What rights and audit records cost.
 
-Access: retrieval from a text memory of 100,000 cubes with vectors, by the owner and by principals who
-may read a share of them: every cube has an access list. ``overhead`` is how much longer the
+Access: retrieval from a text memory of 100,000 cubes with vectors, by the owner and by principals
+who may read a share of them: every cube has an access list. ``overhead`` is how much longer the
 median query takes than the owner's, over the same questions, asked in turns. ``first_s`` is the
-principal's first query, which looks at every cube; ``after_add_ms`` one after another cube was added.
+principal's first query, which looks at every cube; ``after_add_ms`` one after a cube was added.
 
 Audit: ``append_us`` is one record of five cubes into the log; ``get_us`` what ``mos.get`` takes
 longer with the log than without.
@@ -36,7 +36,7 @@ def text(rng: random.Random) -> str:
 
 
 class Directions:
-    """An embedder without a model: a text's vector is that of its topic, and something of its own."""
+    """An embedder without a model: its topic, and something of each text's own."""
 
     identity, dim = "directions", DIM
 

@@ -63,9 +63,9 @@ class _View:
 
     def _bound(self, name: str, verb: Verb) -> Callable[..., Any]:
         call = getattr(self._target, name)
-        signature = inspect.signature(call)
+        cls: Any = type(self._target)
+        signature = _signature(cls, name)
 
-        @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             given = _arguments(signature, args, kwargs)
             for closed in verb.closed:
@@ -90,6 +90,7 @@ class _View:
                 )
             return result
 
+        run.__name__, run.__doc__ = name, call.__doc__
         return run
 
     def _recorded(self, name: str, verb: Verb, given: Mapping[str, Any]) -> Any:
@@ -176,6 +177,13 @@ class _Entered(AbstractContextManager[Any]):
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._inner.__exit__(*error)
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(cls: type, name: str) -> inspect.Signature:
+    """Of a method, without self."""
+    signature = inspect.signature(getattr(cls, name))
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -139,7 +139,8 @@ class MemorySource:
     def load(self, seqs: Iterable[int], scope: Scope) -> dict[int, Unit]:
         """The units that may be seen."""
         with self._read() as connection:
-            rows = self._table.rows(connection, list(seqs), scope)
+            wanted, scope = self._readable(connection, seqs, scope)
+            rows = self._table.rows(connection, wanted, scope)
             return {
                 row.seq: Unit(
                     row.seq,
@@ -161,7 +162,8 @@ class MemorySource:
     def visible(self, seqs: Sequence[int], scope: Scope) -> set[int]:
         """Which of these units may be seen; cheaper than reading them."""
         with self._read() as connection:
-            return self._table.visible(connection, [int(seq) for seq in seqs], scope)
+            wanted, scope = self._readable(connection, seqs, scope)
+            return self._table.visible(connection, wanted, scope)
 
     def neighbours(
         self, seqs: Sequence[int], scope: Scope, reach: int = 1
@@ -229,6 +231,17 @@ class MemorySource:
         from memos.records.scope import Scope
 
         return Scope(rights=self._rights)
+
+    def _readable(
+        self, connection: Connection, seqs: Iterable[int], scope: Scope
+    ) -> tuple[list[int], Scope]:
+        """Those of the units that the principal may read, and the scope without the principal:
+        its view knows what SQL would have to ask of each row."""
+        wanted = [int(seq) for seq in seqs]
+        view = scope.readable(connection, self._table.memory)
+        if view is None:
+            return wanted, scope
+        return view.those_of(wanted), replace(scope, rights=None)
 
     def _view(self, connection: Connection) -> Readable | None:
         """What the principal may read; None: the owner asks."""

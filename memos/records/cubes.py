@@ -192,8 +192,15 @@ class CubeTable(CubeReader):
         number, _ = self.database.allocate(connection)
         row = self._row(connection, seq)
         keep(connection, row)
-        move = {"trigger": BRANCH, "at": at, "who": author, "why": "a branch has it"}
-        self.life.move(connection, [seq], CREATED, **move)
+        self.life.move(
+            connection,
+            [seq],
+            CREATED,
+            trigger=BRANCH,
+            at=at,
+            who=author,
+            why="a branch has it",
+        )
         self._change_facts(connection, seq, {}, json.loads(row.metadata))
         new = {
             "state": CREATED,

@@ -211,6 +211,16 @@ class VectorIndex:
         keys, scores, _ = self.search_with_plan(query, k, allowed)
         return keys, scores
 
+    def scan(self, query: Any, k: int, keys: Any) -> tuple[Ints, Floats]:
+        """The k best of these keys, all of them scored; as ``search``, without a graph."""
+        _check_whole("k", k)
+        rows, asked = self._view.rows, Query(query, self.dim, self.metric)
+        which = rows.find(_as_keys("keys", keys))
+        which = which[which >= 0]
+        if not len(which):
+            return np.empty(0, np.int64), np.empty(0, np.float32)
+        return rows.best(asked, which, rows.approximate(asked, which), k)
+
     def search_with_plan(
         self, query: Any, k: int, allowed: Any = None
     ) -> tuple[Ints, Floats, Plan]:

@@ -87,13 +87,6 @@ def are_there(connection: Connection) -> bool:
     return connection.exec_driver_sql(_THERE).first() is not None
 
 
-def changed_at(connection: Connection) -> int:
-    """Number of the transaction that last changed a grant or a group."""
-    if not are_there(connection):
-        return 0
-    return int(connection.exec_driver_sql("SELECT max(change) FROM rights_state").scalar() or 0)
-
-
 # What was given.
 
 
@@ -259,6 +252,7 @@ class Actor:
         self._sql = sql
         self._restricted: dict[int, tuple[Select[Any], Select[Any]]] = {}
         self._built: dict[Any, Any] = {}
+        self._sees: dict[str, tuple[tuple[int, int], bool]] = {}
 
     def __repr__(self) -> str:
         return f"Actor({self.principal!r})"
@@ -295,6 +289,13 @@ class Actor:
 
     def sees(self, connection: Connection, memory: str) -> bool:
         """Whether there is a right on this memory, or a cube in it that may be read."""
+        stamps = self.stamps(connection)
+        known = self._sees.get(memory)
+        if known is None or known[0] != stamps or self.database.is_writing():
+            known = self._sees[memory] = (stamps, self._look_for_any(connection, memory))
+        return known[1]
+
+    def _look_for_any(self, connection: Connection, memory: str) -> bool:
         if self.on_memory(connection, memory):
             return True
         number = connection.execute(select(memories.c.id).where(memories.c.name == memory)).scalar()
@@ -319,6 +320,12 @@ class Actor:
             return acl.get("inherit") is True and inherited
 
         return admits
+
+    def stamps(self, connection: Connection) -> tuple[int, int]:
+        """Numbers of the last transaction, and of the last that changed a grant or a group."""
+        # Asked with every path of a query: SQLAlchemy takes ten times as long as the lookup.
+        row = connection.connection.cursor().execute(self._sql.stamps).fetchone()
+        return int(row[0]), int(row[1] or 0)
 
     # What may be done.
 
@@ -412,6 +419,8 @@ class _Sql:
                 f"WITH RECURSIVE who(name) AS ({given} UNION SELECT m.name FROM rights_members "
                 "AS m JOIN who ON m.member = who.name) SELECT name FROM who"
             )
+        last = "SELECT max(change) FROM rights_state" if has_tables else "SELECT 0"
+        self.stamps = f"SELECT change, ({last}) FROM store WHERE id = 1"
         self.raw_who = self.who.replace(":acting", "?")
         self.raw_rights = (
             "SELECT g.rights FROM rights_grants AS g WHERE g.memory IN (?, '') "

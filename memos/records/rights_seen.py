@@ -19,13 +19,14 @@ import numpy
 from sqlalchemy import Connection, bindparam, select
 
 from memos.records.links import chunks
-from memos.records.rights import Actor, changed_at
+from memos.records.rights import Actor
 from memos.records.schema import cubes, memories, relations
 from memos.records.states import DELETED
 from memos.records.trees import descendants_of
 
 if TYPE_CHECKING:
     from memos.records.database import Database
+    from memos.records.rights_vectors import Signs
 
 Array = numpy.ndarray[Any, Any]
 _KEPT_BYTES = 128 << 20  # of all principals of a store
@@ -52,6 +53,7 @@ class Readable:
         self.token = Token()
         self.frequencies: dict[str, tuple[int, int]] = {}  # stem: documents, documents in all
         self.sample: tuple[int, Any] = (0, None)
+        self.signs: Signs | None = None  # of their vectors
         self.documents = int(numpy.count_nonzero(lengths >= 0))
         self.words = int(lengths.sum()) + len(lengths) - self.documents
 
@@ -70,11 +72,17 @@ class Readable:
         at = numpy.minimum(numpy.searchsorted(self.seqs, seqs), len(self.seqs) - 1)
         return numpy.where(self.seqs[at] == seqs, self.lengths[at], -1)
 
+    def those_of(self, seqs: Sequence[int]) -> list[int]:
+        """Those of these cubes that may be read."""
+        some = numpy.array(seqs, numpy.int64)
+        found: list[int] = some[among(some, self.seqs)].tolist()
+        return found
+
     def has_any(self, seqs: Iterable[int]) -> bool:
         """Whether one of these cubes may be read: as few of them are looked at as that needs."""
         rest = iter(seqs)
         while some := list(itertools.islice(rest, _AT_ONCE)):
-            if _among(numpy.array(some, numpy.int64), self.seqs).any():
+            if among(numpy.array(some, numpy.int64), self.seqs).any():
                 return True
         return False
 
@@ -86,13 +94,14 @@ class Readable:
         Args:
             changed: what is looked at anew; of it ``seqs`` and ``hidden`` live now.
         """
-        stay = ~_among(self.seqs, changed)
+        stay = ~among(self.seqs, changed)
         made = Readable(
             change,
             *_merged(self.seqs[stay], seqs, self.lengths[stay], lengths),
-            numpy.sort(numpy.concatenate([self.hidden[~_among(self.hidden, changed)], hidden])),
+            numpy.sort(numpy.concatenate([self.hidden[~among(self.hidden, changed)], hidden])),
         )
         made.token, made.frequencies, made.sample = self.token, self.frequencies, self.sample
+        made.signs = None if self.signs is None else self.signs.without(changed)
         return made
 
 
@@ -115,8 +124,10 @@ class Views:
             entry = self._entries.setdefault(key, _Entry(memory))
             self._entries.move_to_end(key)
         with entry.lock:
+            before = entry.num_bytes
             found = entry.at(connection, actor, self._database())
-        self._shrink()
+        if entry.num_bytes > before:
+            self._shrink()
         return found
 
     def _shrink(self) -> None:
@@ -138,8 +149,7 @@ class _Entry:
         self._rights = -1  # number of the transaction whose grants these are
 
     def at(self, connection: Connection, actor: Actor, database: Database | None) -> Readable:
-        change = int(connection.exec_driver_sql(_CHANGE).scalar_one())
-        rights = changed_at(connection)
+        change, rights = actor.stamps(connection)
         known = self._known
         if known is not None and rights == self._rights:
             if known.change == change:
@@ -166,7 +176,7 @@ class _Entry:
             change,
             seqs,
             lengths_of(connection, self.memory, seqs, is_most=2 * len(seqs) > len(every)),
-            every[~_among(every, seqs)],
+            every[~among(every, seqs)],
         )
 
     def _follow(
@@ -189,7 +199,7 @@ class _Entry:
         lengths = lengths_of(connection, self.memory, seqs)
         found = known.follow(change, wanted, seqs, lengths, living[~is_seen])
         # Of what did not change itself nobody else is told that it came or went.
-        before, after = _among(more, known.seqs), _among(more, found.seqs)
+        before, after = among(more, known.seqs), among(more, found.seqs)
         if (before != after).any():
             found.token = Token()
         return found
@@ -225,7 +235,7 @@ def lengths_of(connection: Connection, memory: int, seqs: Array, *, is_most: boo
             marks = ", ".join("?" * len(part))
             rows += connection.exec_driver_sql(f"{sizes} WHERE id IN ({marks})", tuple(part))
     ids = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
-    sums = numpy.fromiter((_sum_of_varints(row[1]) for row in rows), numpy.int32, len(rows))
+    sums = numpy.fromiter((sum_of_varints(row[1]) for row in rows), numpy.int32, len(rows))
     found = numpy.full(len(seqs), -1, numpy.int32)
     if len(seqs) and len(ids):
         at = numpy.minimum(numpy.searchsorted(seqs, ids), len(seqs) - 1)
@@ -234,16 +244,22 @@ def lengths_of(connection: Connection, memory: int, seqs: Array, *, is_most: boo
     return found
 
 
-def _sum_of_varints(data: bytes) -> int:
-    """Sum of the numbers in a row of FTS5's table of sizes: seven bits a byte, highest first."""
-    if len(data) == 2 and not (data[0] | data[1]) & 0x80:
-        return data[0] + data[1]
-    total = number = 0
+def varints(data: bytes) -> list[int]:
+    """The numbers in a record of FTS5: seven bits a byte, the highest first."""
+    found, number = [], 0
     for byte in data:
         number = number << 7 | byte & 0x7F
         if not byte & 0x80:
-            total, number = total + number, 0
-    return total
+            found.append(number)
+            number = 0
+    return found
+
+
+def sum_of_varints(data: bytes) -> int:
+    """Sum of the numbers in a row of FTS5's table of sizes."""
+    if len(data) == 2 and not (data[0] | data[1]) & 0x80:
+        return data[0] + data[1]
+    return sum(varints(data))
 
 
 def _merged(seqs: Array, new: Array, values: Array, theirs: Array) -> tuple[Array, Array]:
@@ -253,7 +269,7 @@ def _merged(seqs: Array, new: Array, values: Array, theirs: Array) -> tuple[Arra
     return numpy.insert(seqs, at, new), numpy.insert(values, at, theirs)
 
 
-def _among(some: Array, sorted_others: Array) -> Array:
+def among(some: Array, sorted_others: Array) -> Array:
     """Which of these numbers are among the others, which ascend: bool [n]."""
     if not len(sorted_others) or not len(some):
         return numpy.zeros(len(some), numpy.bool_)
@@ -264,7 +280,7 @@ def _among(some: Array, sorted_others: Array) -> Array:
 
 def intersected(one: Array, other: Array) -> Array:
     """Numbers in both, which ascend and are unique."""
-    return one[_among(one, other)]
+    return one[among(one, other)]
 
 
 def _numbers(rows: Iterable[Any]) -> Array:
@@ -294,7 +310,6 @@ def views_of(database: Database) -> Views:
         return found
 
 
-_CHANGE = "SELECT change FROM store WHERE id = 1"
 _CHANGED = select(cubes.c.seq).where(
     cubes.c.memory == bindparam("memory"), cubes.c.change > bindparam("since")
 )

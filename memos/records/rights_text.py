@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from sqlalchemy import Connection
 
-from memos.records.rights_seen import Readable, intersected
+from memos.records.rights_seen import Readable, among, intersected
 
 if TYPE_CHECKING:
     from memos.records.fulltext import FullText
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Array = numpy.ndarray[Any, Any]
 _K1, _B = 1.2, 0.75  # as FTS5 has them
 _LEAST_IDF = 1e-6
+_AT_ONCE = 512
 _SPAN = 1 << 32  # of one column's places, for phrases
 _NONE = (numpy.empty(0, numpy.int64), numpy.empty(0, numpy.float64))
 
@@ -62,8 +63,7 @@ class ReadableText:
             if len(seqs) >= min(limit, enough):
                 break
             scan = limit if len(seqs) and allowed is None else self._fulltext.scan_rows
-            more, theirs = _kept(*self._scores(word), allowed)
-            more, theirs = more[-scan:], theirs[-scan:]
+            more, theirs = self._newest(word, scan, allowed)
             fresh = ~numpy.isin(more, seqs)
             seqs = numpy.concatenate([seqs, more[fresh]])
             ranks = numpy.concatenate([ranks, theirs[fresh]])
@@ -75,7 +75,13 @@ class ReadableText:
         total, key = self._readable.documents, " ".join(self._tokens.get(word, [word]))
         known = self._readable.frequencies.get(key)
         if known is None or abs(total - known[1]) * 10 > total:
-            known = (len(self._postings(word)[0]), total)
+            if word in self._known:
+                found = len(self._known[word][0])
+            else:
+                row = self._with_word(word, "group_concat(rowid)").fetchone()
+                seqs = _numbers(row[0])
+                found = int(numpy.count_nonzero(self._readable.lengths_of(seqs) >= 0))
+            known = (found, total)
             self._readable.frequencies[key] = known
         return known[0]
 
@@ -111,22 +117,51 @@ class ReadableText:
     def _scores(self, word: str) -> tuple[Array, Array]:
         """Cubes with a word, ascending, and what the word adds to their BM25."""
         seqs, counts = self._postings(word)
+        return seqs, self._bm25(seqs, counts, len(seqs))
+
+    def _bm25(self, seqs: Array, counts: Array, frequency: int) -> Array:
+        """What a word adds to the BM25 of cubes that have it so often.
+
+        Args:
+            frequency: in how many readable cubes it occurs.
+        """
         if not len(seqs):
-            return _NONE
-        total, found = self._readable.documents, len(seqs)
-        idf = max(float(numpy.log((total - found + 0.5) / (found + 0.5))), _LEAST_IDF)
-        mean = self._readable.words / total
-        lengths = self._readable.lengths_of(seqs)
-        return seqs, idf * counts * (_K1 + 1) / (counts + _K1 * (1 - _B + _B * lengths / mean))
+            return numpy.empty(0, numpy.float64)
+        total = self._readable.documents
+        idf = max(float(numpy.log((total - frequency + 0.5) / (frequency + 0.5))), _LEAST_IDF)
+        shares = self._readable.lengths_of(seqs) / (self._readable.words / total)
+        found: Array = idf * counts * (_K1 + 1) / (counts + _K1 * (1 - _B + _B * shares))
+        return found
+
+    def _newest(self, word: str, scan: int, allowed: Array | None) -> tuple[Array, Array]:
+        """The newest cubes with a word that is too common to rank by, and their BM25 as if each
+        had it once.
+
+        Cost: reads from the newest on until there are enough.
+        """
+        wanted = self._readable.seqs if allowed is None else allowed
+        rows = self._with_word(word, "rowid", " ORDER BY rowid DESC")
+        seqs = numpy.empty(0, numpy.int64)
+        while len(seqs) < scan and (some := rows.fetchmany(_AT_ONCE)):
+            here = numpy.fromiter((row[0] for row in some), numpy.int64, len(some))
+            seqs = numpy.concatenate([seqs, here[among(here, wanted)]])
+        seqs = numpy.sort(seqs[:scan])
+        return seqs, self._bm25(seqs, numpy.ones(len(seqs)), self.document_frequency(word))
+
+    def _with_word(self, word: str, columns: str, order: str = "") -> Any:
+        """A cursor over all cubes with a word."""
+        name = f"text_{self._fulltext.memory:d}"
+        cursor = self._connection.connection.cursor()
+        sql = f"SELECT {columns} FROM {name} WHERE {name} MATCH ?{order}"
+        return cursor.execute(sql, (f'"{word}"',))
 
     def _postings(self, word: str) -> tuple[Array, Array]:
         """Readable cubes with a word, ascending, and how often each has it."""
         if word not in self._known:
             tokens = self._tokens.get(word, [word])
             if len(tokens) == 1:
-                rows = self._look_up(f"{_DOCS} WHERE term = ?", tokens).fetchall()
-                docs = numpy.fromiter((row[0] for row in rows), numpy.int64, len(rows))
-                seqs, counts = numpy.unique(docs, return_counts=True)
+                row = self._look_up(f"{_DOCS} WHERE term = ?", tokens).fetchone()
+                seqs, counts = _runs(_numbers(row[0]))
             else:
                 seqs, counts = self._phrase(tokens)
             seqs, counts = _kept(seqs, counts.astype(numpy.float64), self._readable.seqs)
@@ -156,8 +191,23 @@ def instances(connection: Connection, memory: int) -> Any:
     return lambda sql, values: look_up(sql.format(table=name), tuple(values))
 
 
-_DOCS = "SELECT doc FROM temp.{table}"
+# In one text: a row for each of thousands of numbers costs several times as much.
+_DOCS = "SELECT group_concat(doc) FROM temp.{table}"
 _PLACES = "SELECT doc, col, offset FROM temp.{table}"
+
+
+def _numbers(text: str | None) -> Array:
+    """The numbers in a text, with commas between them, ascending."""
+    found = numpy.fromstring(text or "", numpy.int64, sep=",")
+    return found if (found[1:] >= found[:-1]).all() else numpy.sort(found)
+
+
+def _runs(numbers: Array) -> tuple[Array, Array]:
+    """The different ones of ascending numbers, and how often each stands there."""
+    if not len(numbers):
+        return numbers, numbers
+    starts = numpy.flatnonzero(numpy.append(True, numbers[1:] != numbers[:-1]))
+    return numbers[starts], numpy.diff(numpy.append(starts, len(numbers)))
 
 
 def _kept(seqs: Array, values: Array, allowed: Array | None) -> tuple[Array, Array]:

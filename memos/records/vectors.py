@@ -88,8 +88,13 @@ class VectorSearch:
     ) -> tuple[Any, Any]:
         """seq [n] int64 and similarity [n] float32 of the nearest cubes, best first."""
         index = self.index(connection)
-        allowed = scope.allowed(connection, self.memory)
-        keys, scores = index.search(query, limit, allowed)
+        view = scope.readable(connection, self.memory)
+        if view is not None and not view.is_all and not scope.filters:
+            from memos.records import rights_vectors
+
+            keys, scores = rights_vectors.search(index, view, query, limit)
+        else:
+            keys, scores = index.search(query, limit, scope.allowed(connection, self.memory))
         if not scope.archived:
             return keys, scores
         more, theirs = self.search_cold(connection, query, limit, scope)
