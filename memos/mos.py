@@ -212,8 +212,8 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         given = {name: value for name, value in more.items() if value is not None}
         if not isinstance(memory, DeclarativeMemory) and given.keys() - {"id", "acl"}:
             raise ArgumentError(
-                f"{', '.join(sorted(given.keys() - {'id', 'acl'}))}: memory {memory_name!r} of kind "
-                f"{memory.kind} does not take this"
+                f"{', '.join(sorted(given.keys() - {'id', 'acl'}))}: memory {memory_name!r} of "
+                f"kind {memory.kind} does not take this"
             )
         cube: MemCube = memory.add(content, metadata, **given)
         return cube

@@ -179,7 +179,8 @@ def test_jobs_survive_kills_and_each_unit_is_done_once(tmp_path: Path) -> None:
             job = mos.jobs.get(id)
             assert len(done(mos)) == job.done
             assert check(mos.records) == []
-    workers = [begin("work", folder) for _ in range(2)]  # two share what is left
+    # Two share what is left.
+    workers = [begin("work", folder) for _ in range(2)]
     for process in workers:
         out, _ = process.communicate(timeout=120)
         assert (out, process.returncode) == (b"end\n", 0)
@@ -188,6 +189,24 @@ def test_jobs_survive_kills_and_each_unit_is_done_once(tmp_path: Path) -> None:
         assert (job.state, job.done) == ("DONE", UNITS)
         assert job.result == {"sum": sum(range(UNITS))}
         assert done(mos) == sorted(f"unit {i}" for i in range(UNITS))
+
+
+def test_a_unit_that_another_worker_did_meanwhile_is_not_done_again(tmp_path: Path) -> None:
+    with opened(tmp_path / "s") as one, opened(tmp_path / "s") as two:
+        counting(two)
+        counting(one)
+        kind = one.jobs._kinds["count"]
+
+        def prepare(payload: Any) -> str:
+            if payload == 3:
+                two.jobs.run_until_empty()
+            return str(kind.prepare(payload))
+
+        one.jobs.register("count", Kind(kind.plan, kind.apply, prepare))
+        job = one.jobs.submit("count", units=8)
+        assert one.jobs.run_until_empty() == 3
+        assert one.jobs.get(job.id).result == {"sum": 28}
+        assert done(one) == [f"unit {i}" for i in range(8)]
 
 
 def test_sweeps_duplicates_and_facts_as_jobs(tmp_path: Path) -> None:

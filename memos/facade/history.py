@@ -187,7 +187,6 @@ class _Pasts:
     def mos(self, mos: Any, at: float, memories: list[DeclarativeMemory]) -> Any:
         from memos.memories.versions import Past
         from memos.mos import MOS
-
         from memos.records.scope import acting
 
         # What a principal may read of it is another past.

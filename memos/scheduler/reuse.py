@@ -111,7 +111,7 @@ class Reuse:
             if level:
                 factor = (h.sum(axis=1) + kappa) / ((w * prior).sum(axis=1) + kappa)
                 prior = prior * factor[:, None]
-            rates = (h + kappa) / (w + kappa / prior)
+            rates = prior * (smooth(h) + kappa) / (smooth(w * prior) + kappa)
             if level == len(self.shape) - 1:
                 coarse = rates
         self.rates = rates
@@ -125,6 +125,14 @@ class Reuse:
         """(uses per second now, index) of a class at an age."""
         b = bin_of(max(age, 0.0))
         return float(self.rates[cls, b]), float(self.index[cls, b])
+
+
+def smooth(table: Array) -> Array:
+    """[n, BINS] with a share of the neighbouring ages: 1 2 3 2 1, and as much as before in all."""
+    padded = numpy.pad(table, ((0, 0), (2, 2)))
+    parts = (w * padded[:, i : i + BINS] for i, w in enumerate((1, 2, 3, 2, 1)))
+    found: Array = sum(parts, numpy.zeros_like(table)) / 9.0
+    return found
 
 
 def index_of(rates: Array) -> Array:
