@@ -45,15 +45,14 @@ class Signs:
 
     def with_those_of(self, index: VectorIndex, seqs: Array) -> Signs:
         """Those of these cubes: what is not known yet is read."""
-        new = seqs[~numpy.isin(seqs, self.seqs)]
-        if not len(new) and len(seqs) == len(self.seqs):
+        if seqs is self.seqs:
             return self
+        new = seqs[~numpy.isin(seqs, self.seqs)]
         old = numpy.isin(self.seqs, seqs)
         bits, has = _read(index, new)
-        every = numpy.concatenate([self.seqs[old], new])
-        order = numpy.argsort(every)
+        order = numpy.argsort(numpy.concatenate([self.seqs[old], new]))
         return Signs(
-            every[order],
+            seqs,
             numpy.concatenate([self.bits[:, old], bits], axis=1)[:, order],
             numpy.concatenate([self.has[old], has])[order],
         )

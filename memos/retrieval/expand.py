@@ -68,8 +68,9 @@ class Expand:
         above_it = candidates.places(columns["parent"])
         if (above_it >= 0).any():
             candidates.put("children", best_means(r, above_it), self.children)
-        if len(ends):
-            candidates.put("related", self._related(candidates, r, ends, weights), self.related)
+        at = candidates.places(ends.ravel()).reshape(-1, 2)
+        if (at >= 0).all(axis=1).any():
+            candidates.put("related", self._related(r, at, weights), self.related)
         return candidates
 
     def _fetch(self, candidates: Candidates, seqs: Array) -> None:
@@ -92,12 +93,12 @@ class Expand:
                 candidates.score[places] += candidates.weights[name] * values
 
     @staticmethod
-    def _related(candidates: Candidates, r: Array, ends: Array, weights: Array) -> Array:
-        best = numpy.zeros(len(candidates))
-        for near, far in ((ends[:, 0], ends[:, 1]), (ends[:, 1], ends[:, 0])):
-            here, there = candidates.places(near), candidates.places(far)
-            known = (here >= 0) & (there >= 0)
-            numpy.maximum.at(best, here[known], weights[known] * r[there[known]])
+    def _related(r: Array, ends: Array, weights: Array) -> Array:
+        best = numpy.zeros(len(r))
+        known = ends.min(axis=1) >= 0
+        for near, far in ((0, 1), (1, 0)):
+            here, there = ends[known, near], ends[known, far]
+            numpy.maximum.at(best, here, weights[known] * r[there])
         return best
 
 
