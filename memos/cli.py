@@ -481,6 +481,7 @@ def _keys(commands: Any) -> None:
         "key loses what is in the folder.",
     )
     made.add_argument("file", metavar="FILE", help="where to; only its owner may read it")
+    _json(made)
     made = _command(
         commands,
         "key-change",
@@ -490,7 +491,8 @@ def _keys(commands: Any) -> None:
         "Prints the id of the new key.",
     )
     made.add_argument("--to", metavar="WHERE", required=True, help="the new key, as for --key")
-    _command(
+    _json(made)
+    made = _command(
         commands,
         "key-reseal",
         keys.reseal,
@@ -498,6 +500,7 @@ def _keys(commands: Any) -> None:
         "memos key-reseal --key file:my-key",
         "The master key stays. For after a key became known.",
     )
+    _json(made)
 
 
 def _audit(commands: Any) -> None:

@@ -203,8 +203,9 @@ def test_show_and_history(house: Run) -> None:
     assert [v["content"] for v in versions["versions"]] == [
         "The spare key is under the mat.",
         "The key is in the shed.",
+        "The key is in the shed.",  # and a relation
     ]
-    assert [v["author"] for v in versions["versions"]] == [None, "ann"]
+    assert [v["author"] for v in versions["versions"]] == [None, "ann", None]
     assert "ann" in house("history", "key-1")
     with MOS("memory.memos") as mos:
         mos.delete("notes", "key-1")

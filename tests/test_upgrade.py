@@ -42,6 +42,8 @@ def written(folder: Path) -> list[object]:
         tree.add("root", id="r")
         tree.add("leaf", id="l", parent_id="r", acl={"read": ["all"]})
         notes.relate("x", "about", "l", properties={"why": "test"}, weight=0.5)
+        seen(mos)  # to look at a cube is a use, which makes it ACTIVATED
+        mos.records.uses.write()
         return seen(mos)
 
 

@@ -12,7 +12,7 @@ def new(options: argparse.Namespace) -> int:
     from memos.records.keys import MasterKey
 
     made = MasterKey.new_file(options.file)
-    console.write_text(f"{made.id}\n")
+    _show(options, made.id)
     return 0
 
 
@@ -23,7 +23,7 @@ def change(options: argparse.Namespace) -> int:
     master = MasterKey.of(options.to)
     with folder.opened(options, readonly=False, new=False) as mos:
         mos.change_master_key(master)
-    console.write_text(f"{master.id}\n")
+    _show(options, master.id)
     return 0
 
 
@@ -31,4 +31,13 @@ def reseal(options: argparse.Namespace) -> int:
     """Seal everything with new keys."""
     with folder.opened(options, readonly=False, new=False) as mos:
         mos.reseal()
+    if options.json:
+        console.write_json({"resealed": True})
     return 0
+
+
+def _show(options: argparse.Namespace, id: str) -> None:
+    if options.json:
+        console.write_json({"id": id})
+    else:
+        console.write_text(f"{id}\n")

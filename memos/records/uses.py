@@ -120,11 +120,13 @@ class Uses:
     def of(self, connection: Connection, seqs: Iterable[int]) -> dict[int, Use]:
         """What is written of these cubes' uses; none of those that never were used."""
         return {
-            int(seq): Use(int(count), last, heat)
+            int(seq): Use(int(count), float(last), float(heat))
             for part in chunks(list(seqs))
             for seq, count, last, heat in connection.execute(
                 select(uses).where(uses.c.seq.in_(part))
             )
+            # In a damaged file anything may stand there. Counts are no memory: they begin anew.
+            if isinstance(count, int) and isinstance(last, float) and isinstance(heat, float)
         }
 
     def _write(self, connection: Connection, life: Life, mine: Mapping[str, Use]) -> None:
