@@ -179,6 +179,20 @@ class AdapterPool:
                 self._worker.start()
             return True
 
+    def set_budget(self, device_bytes: int) -> None:
+        """Change ``device_bytes``; what does not fit any more goes before this returns.
+
+        Raises QuotaError where what is in use or pinned takes more; nothing changes then.
+        """
+        with self._changed:
+            old, self.device_bytes = self.device_bytes, device_bytes
+            try:
+                while self._make_room((), ()) is None:
+                    self._changed.wait()
+            except QuotaError:
+                self.device_bytes = old
+                raise
+
     def busy(self) -> set[str]:
         """Digests of the adapters that are in use or pinned."""
         with self._changed:

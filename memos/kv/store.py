@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from memos.errors import ArgumentError, NotFoundError, StoreError
+from memos.errors import ArgumentError, NotFoundError, QuotaError, StoreError
 from memos.kv import _files
 from memos.kv._crypto import KEY_BYTES, TenantKeys, Wraps, check_encryption_key
 from memos.kv._folder import Folder, folder_key, tenant_id
@@ -242,6 +242,7 @@ class KVStore:
                     "bytes": host.used_bytes,
                     "blocks": len(host.blocks),
                     "quota_bytes": host.quota_bytes,
+                    "peak_bytes": host.peak_bytes,
                     "hits": counts["host_hits"],
                     "evictions": host.evictions,
                 },
@@ -289,6 +290,33 @@ class KVStore:
                     "master: a folder that was made with encryption_key=MasterKey wanted"
                 )
             self._folder.rewrap(master)
+
+    def set_quotas(self, *, host_bytes: int | None = None, disk_bytes: int | None = None) -> None:
+        """Change the quotas; what does not fit any more goes before this returns. None: it stays.
+
+        Raises:
+            ArgumentError: one below 0.
+            QuotaError: what is pinned takes more; that quota stays then.
+        """
+        state = self._state
+        for name, value in (("host_bytes", host_bytes), ("disk_bytes", disk_bytes)):
+            if value is not None and value < 0:
+                raise ArgumentError(f"{name}: at least 0 wanted, got {value}")
+        with state.write_lock, state.lock:
+            state.check_open()
+            pinned = state.with_ancestors(self._pinned_keys())
+            for tier, quota in ((state.host, host_bytes), (state.disk, disk_bytes)):
+                if tier is None or quota is None or quota == tier.quota_bytes:
+                    continue
+                if tier is state.disk and not state.writable:
+                    continue  # who writes the folder holds its quota
+                old, tier.quota_bytes = tier.quota_bytes, quota
+                locked = pinned if tier is state.disk or state.disk is None else ()
+                with _files.explained("make room", self.path or Path("memory")):
+                    fits = tier.make_room(0, locked)
+                if not fits:
+                    tier.quota_bytes = old
+                    raise QuotaError(f"quota: {quota} bytes wanted, but what is pinned takes more")
 
     def sweep(self) -> int:
         """Remove blocks and sessions whose time is over; returns how many. ``put`` does it too."""

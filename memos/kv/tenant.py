@@ -183,6 +183,43 @@ class Tenant:
                 count += 1
         return count
 
+    def placed(self, keys: Sequence[bytes]) -> dict[str, tuple[int, int]]:
+        """(how many of these blocks, their bytes) in memory, "host", and on "disk"."""
+        state = self._state
+        found = {"host": (0, 0)} if state.disk is None else {"host": (0, 0), "disk": (0, 0)}
+        with state.lock:
+            for key in keys:
+                held = state.host.blocks.get(key)
+                if held is not None:
+                    count, size = found["host"]
+                    found["host"] = count + 1, size + len(held.payload)
+                record = None if state.disk is None else state.disk.records.get(key)
+                if record is not None:
+                    count, size = found["disk"]
+                    found["disk"] = count + 1, size + record.frame_bytes
+        return found
+
+    def leave(self, session_id: str, tier: str) -> int:
+        """Give up the blocks of a session in a tier, those aside that other sessions use; the
+        session stays, and is computed again where this was the last copy. Returns how many.
+
+        Args:
+            tier: "host": out of memory; "disk": everywhere.
+
+        Raises NotFoundError; ArgumentError where the session is pinned.
+        """
+        state = self._state
+        keys = self._sessions.keys_of(session_id)
+        if keys is None:
+            raise NotFoundError(f"session {session_id!r}: not there")
+        keys = sorted(set(keys) - self._sessions.used_elsewhere(session_id, keys))
+        if tier == "host" and state.disk is not None:
+            with state.lock:
+                return sum(state.host.remove(key) for key in keys)
+        if self.pinned_keys().intersection(keys):
+            raise ArgumentError(f"session {session_id!r}: it is pinned")
+        return self.delete(keys)
+
     def delete(self, keys: Iterable[bytes]) -> int:
         """Remove blocks, pinned or not, and their bytes from disk; returns how many there were."""
         with self._writing("delete blocks"):

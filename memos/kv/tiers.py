@@ -33,7 +33,7 @@ class HostTier:
 
     def __init__(self, quota_bytes: int, policy: Policy) -> None:
         self.quota_bytes = quota_bytes
-        self.used_bytes = 0
+        self.used_bytes = self.peak_bytes = 0
         self.policy = policy
         self.blocks: dict[bytes, HostBlock] = {}
         self.evictions = 0
@@ -46,6 +46,7 @@ class HostTier:
             if not self.make_room(item.arena.num_bytes, locked):
                 return False
             self.used_bytes += item.arena.num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         item.arena.holders += 1
         self.blocks[key] = item
         self.policy.admit(key, item.block.parent)

@@ -232,6 +232,7 @@ class Turn:
         self.stored_bytes = restored.stored_bytes
         self.raw_bytes = self.reused_tokens * archive.shape.token_bytes()
         self.stored_tokens = self.new_blocks = 0
+        self.on_commit: Callable[[Turn], object] | None = None
         self._given: dict[str, Any] | None = None
         self._used: MemosCache | None = None
         self._outputs: dict[tuple[MemosCache, int], list[int]] = {}
@@ -297,6 +298,8 @@ class Turn:
         self.stored_tokens = len(session.token_ids)
         self.stored_bytes = archive.stored_bytes(session)
         self.raw_bytes = self.stored_tokens * archive.shape.token_bytes()
+        if self.on_commit is not None:
+            self.on_commit(self)
         return session
 
     def _sequence(self, output: Any, row: int, cache: MemosCache) -> list[int]:

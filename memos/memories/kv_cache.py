@@ -161,6 +161,7 @@ class KVCacheMemory:
         )
         self._tenant = self.store.tenant(tenant)
         self.observer: Any = None  # told of what is read and written
+        self.meter: Any = None  # told of turns and how long what was stored took to come back
 
     def __enter__(self) -> KVCacheMemory:
         return self
@@ -223,7 +224,11 @@ class KVCacheMemory:
         items |= kv_rights.listed(acl) if known is None else {}
         device = self._device_of(token_ids)
         self._tell(session, "begin")
-        return Turn(self._archive(), session, ids, batch=batch, metadata=items, device=device)
+        start = time.perf_counter()
+        turn = Turn(self._archive(), session, ids, batch=batch, metadata=items, device=device)
+        if self.meter is not None:
+            self.meter.begun(turn, time.perf_counter() - start)
+        return turn
 
     # The memory, as every memory.
 
