@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memos.errors import ArgumentError
-from memos.scheduler import reuse
+from memos.scheduler import prefix, reuse
 from memos.scheduler.engines import BlockPolicy
 from memos.scheduler.policy import make_policy, policies
 from memos.scheduler.prefix import Memos
 from memos.scheduler.replay import Request, clairvoyant, load_trace, replay
+from memos.scheduler.workload import SHAPES, synthetic
 
 # A path of a tree: the key of a node is the path to it.
 paths = st.lists(st.integers(0, 2), min_size=1, max_size=7)
@@ -248,3 +250,28 @@ def test_unknown_names_are_refused() -> None:
         make_policy("best", 10)
     with pytest.raises(ArgumentError, match="more than 0"):
         make_policy("lru", 0)
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_no_shape_of_traffic_makes_it_bad(shape: str) -> None:
+    requests = synthetic(shape, 1200, seed=7)
+    assert requests == synthetic(shape, 1200, seed=7)
+    assert all(a.now <= b.now for a, b in itertools.pairwise(requests))
+    parents: dict[int, Any] = {}
+    for request in requests:
+        for parent, key in zip([None, *request.keys], request.keys, strict=False):
+            assert parents.setdefault(key, parent) == parent, "a block follows one other"
+    capacity = len(parents) // 20
+    rates = {n: replay(requests, make_policy(n, capacity), capacity).hit_rate for n in policies()}
+    assert rates["memos"] >= max(rates.values()) - 0.02
+
+
+def test_blocks_that_change_their_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No chain does that, and a replay of a file that does goes on."""
+    monkeypatch.setattr(prefix, "_GHOSTS", 4)
+    rng = random.Random(3)
+    requests = [Request(float(i), rng.sample(range(12), rng.randrange(1, 6))) for i in range(2000)]
+    policy: Memos[int] = Memos(5, ghosts=0.5)
+    found = replay(requests, policy, 5)
+    assert found.peak <= 5
+    assert len(policy) <= 5
