@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from memos.errors import ArgumentError
 from memos.records.hebbian import USED_WITH, Hebbian
+from memos.records.rights import Actor
+from memos.records.scope import Scope
 from memos.records.store import Records
 
 events = st.lists(
@@ -61,6 +63,29 @@ def test_a_cube_keeps_its_heaviest_edges() -> None:
         found = edges.explain(connection, 1, 0.0)
     assert [edge["with"] for edge in found] == [8, 7, 6]
     assert found[0]["count"] == 8
+    edges.used([1, 8], 1.0)
+    edges.write()
+    with records.database.read() as connection:
+        assert edges.explain(connection, 1, 1.0)[0]["count"] == 9
+    records.close()
+
+
+def test_whoever_acts_has_edges_of_its_own() -> None:
+    records = Records(None)
+    edges = Hebbian(records.database, per_cube=2)
+    scopes = {name: Scope(rights=Actor(records.database, name)) for name in ("ann", "ben")}
+    edges.used([1, 2], 0.0)
+    edges.used([1, 3], 0.0, "ann")
+    edges.write()
+    for other in range(4, 9):  # none of which ann sees, and which take no place of hers
+        for _ in range(3):
+            edges.used([1, other], 0.0, "ben")
+    edges.write()
+    with records.database.read() as connection:
+        assert [e["with"] for e in edges.explain(connection, 1, 0.0)] == [2]
+        assert [e["with"] for e in edges.explain(connection, 1, 0.0, scopes["ann"])] == [3]
+        assert len(edges.explain(connection, 1, 0.0, scopes["ben"])) == 2
+        assert edges.edges(connection, [1], 0.0, scopes["ann"]) == [], "it may read neither"
     records.close()
 
 

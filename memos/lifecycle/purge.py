@@ -71,6 +71,7 @@ def purge(
         memory.embedded.forget(records.texts_of(connection, seqs))
         _delete(memory, connection, seqs, who)
         records.scrub(connection, memory.table, seqs)
+        memory.records.hebbian.forget(connection, seqs)
         database.destroy_keys(connection, seqs)
         records.forget_units(connection)
 

@@ -175,11 +175,14 @@ class MemorySource:
             return neighbours_of(connection, list(seqs), scope, reach)
 
     def relations(self, seqs: Sequence[int]) -> list[tuple[int, str, int, float]]:
-        """(source, type, target, weight) of every edge at one of these units, of any memory."""
+        """(source, type, target, weight) of every edge at one of these units, of any memory; those
+        that use made among them."""
         from memos.records.links import edges_of
 
+        scope, made = self._scope(), self.memory.records.hebbian
         with self._read() as connection:
-            return edges_of(connection, list(seqs), self._scope())
+            found = edges_of(connection, list(seqs), scope)
+            return found + made.edges(connection, list(seqs), self.memory.now(), scope)
 
     def named_values(self, words: Sequence[str]) -> list[tuple[str, str]]:
         """(key, value) of the different metadata strings that begin with one of the words."""

@@ -5,6 +5,9 @@ halved for every half-life that has passed. The edges stand in a table of their 
 part of the cubes: no version, digest or export knows of them. A process that dies loses the pairs
 of its last batch, and nothing else.
 
+Every principal has edges of its own, and so has the owner: what one may not read can neither make
+an edge that one sees nor take the place of one.
+
 Source: Hebb, The organization of behavior, 1949; the bounded form is Oja's, 1982, in its simplest
 case.
 """
@@ -14,9 +17,21 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from sqlalchemy import Column, Float, Integer, MetaData, Table, bindparam, inspect, or_, select
+from sqlalchemy import (
+    Column,
+    Float,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    inspect,
+    or_,
+    select,
+)
 
 from memos.errors import ArgumentError, StoreLockedError
 from memos.records.links import chunks
@@ -28,14 +43,16 @@ if TYPE_CHECKING:
     from memos.records.scope import Scope
 
 USED_WITH = "used_with"  # the type of these edges
+Pair: TypeAlias = tuple[str, int, int]  # whose, and seq of both cubes
 HALF_LIFE_S = 30 * 86400.0
-_BOUND = 4096  # pairs that wait
+_BOUND = 512  # pairs that wait
 _FAINT = 0.01  # of the cap: what is weaker is forgotten
 
 _own = MetaData()
 hebbian = Table(
     "hebbian",
     _own,
+    Column("actor", Text, primary_key=True),  # the principal; "": the owner
     Column("low", Integer, primary_key=True),  # seq of one cube, the smaller one
     Column("high", Integer, primary_key=True),
     Column("weight", Float(53), nullable=False),  # as of ``last``
@@ -79,7 +96,7 @@ class Hebbian:
         self._database = database
         self.rate, self.cap, self.half_life_s, self.per_cube = rate, cap, half_life_s, per_cube
         self._together, self._bound = together, bound
-        self._waiting: dict[tuple[int, int], tuple[int, float]] = {}  # pair -> count, last
+        self._waiting: dict[Pair, tuple[int, float]] = {}  # count, last
         self._lock = threading.Lock()
         self._is_made = False
 
@@ -87,8 +104,8 @@ class Hebbian:
         """Pairs that wait to be written."""
         return len(self._waiting)
 
-    def used(self, seqs: Iterable[int], at: float) -> None:
-        """These cubes, which one query found, were used together.
+    def used(self, seqs: Iterable[int], at: float, actor: str = "") -> None:
+        """These cubes, which one query of a principal found, were used together.
 
         Cost: 20 us for eight cubes; every ``bound`` pairs one write.
         """
@@ -96,7 +113,8 @@ class Hebbian:
             return
         chosen = sorted(list(dict.fromkeys(seqs))[: self._together])
         with self._lock:
-            for pair in itertools.combinations(chosen, 2):
+            for low, high in itertools.combinations(chosen, 2):
+                pair = actor, low, high
                 count, last = self._waiting.get(pair, (0, at))
                 self._waiting[pair] = count + 1, max(last, at)
             is_full = len(self._waiting) >= self._bound
@@ -132,13 +150,14 @@ class Hebbian:
         """(low, "used_with", high, weight by now) of every edge at one of these cubes.
 
         Args:
-            scope: whose rights count, at both ends.
+            scope: whose edges, and whose rights count, at both ends.
         """
         if not seqs or not self._exists(connection):
             return []
         found: dict[tuple[int, int], float] = {}
         for part in chunks(list(seqs)):
-            for low, high, weight, last, _ in connection.execute(_AT, {"seqs": part}):
+            rows = connection.execute(_AT, {"seqs": part, "actor": _whose(scope)})
+            for _, low, high, weight, last, _ in rows:
                 value = self._cooled(weight, last, now)
                 if value >= _FAINT * self.cap:
                     found[int(low), int(high)] = value
@@ -148,11 +167,13 @@ class Hebbian:
             found = {pair: w for pair, w in found.items() if set(pair) <= set(readable)}
         return [(low, USED_WITH, high, w) for (low, high), w in sorted(found.items())]
 
-    def explain(self, connection: Connection, seq: int, now: float) -> list[dict[str, float]]:
+    def explain(
+        self, connection: Connection, seq: int, now: float, scope: Scope | None = None
+    ) -> list[dict[str, float]]:
         """The edges of a cube, heaviest first: with (a seq), weight, count, last."""
         if not self._exists(connection):
             return []
-        rows = connection.execute(_AT, {"seqs": [seq]}).all()
+        rows = connection.execute(_AT, {"seqs": [seq], "actor": _whose(scope)}).all()
         found = [
             {
                 "with": int(high if low == seq else low),
@@ -160,7 +181,7 @@ class Hebbian:
                 "count": int(count),
                 "last": last,
             }
-            for low, high, weight, last, count in rows
+            for _, low, high, weight, last, count in rows
         ]
         return sorted(found, key=lambda edge: (-edge["weight"], edge["with"]))
 
@@ -168,7 +189,7 @@ class Hebbian:
         """Cubes are purged: their edges go."""
         gone = set(seqs)
         with self._lock:
-            kept = {p: v for p, v in self._waiting.items() if not gone.intersection(p)}
+            kept = {p: v for p, v in self._waiting.items() if not gone.intersection(p[1:])}
             self._waiting = kept
         if self._exists(connection):
             for part in chunks(list(gone)):
@@ -184,14 +205,21 @@ class Hebbian:
             self._is_made = inspect(connection).has_table("hebbian")
         return self._is_made
 
-    def _write(
-        self, connection: Connection, waiting: Mapping[tuple[int, int], tuple[int, float]]
+    def _write(self, connection: Connection, waiting: Mapping[Pair, tuple[int, float]]) -> None:
+        for actor in sorted({pair[0] for pair in waiting}):
+            mine = {pair: uses for pair, uses in waiting.items() if pair[0] == actor}
+            self._write_of(connection, actor, mine)
+
+    def _write_of(
+        self, connection: Connection, actor: str, waiting: Mapping[Pair, tuple[int, float]]
     ) -> None:
-        ends = sorted({seq for pair in waiting for seq in pair})
-        known: dict[tuple[int, int], tuple[float, float, int]] = {}
+        ends = sorted({seq for pair in waiting for seq in pair[1:]})
+        known: dict[Pair, tuple[float, float, int]] = {}
         for part in chunks(ends):
-            for low, high, weight, last, count in connection.execute(_AT, {"seqs": part}):
-                known[low, high] = weight, last, count
+            rows = connection.execute(_AT, {"seqs": part, "actor": actor}).all()
+            known.update(
+                {(whose, low, high): (w, last, n) for whose, low, high, w, last, n in rows}
+            )
         changed = {}
         for pair, (count, last) in waiting.items():
             weight, before, times = known.get(pair, (0.0, last, 0))
@@ -200,30 +228,31 @@ class Hebbian:
             weight = self.cap - (self.cap - weight) * (1.0 - self.rate) ** count
             changed[pair] = known[pair] = min(weight, self.cap), at, times + count
         gone = self._too_many(known, ends)
-        rows = [(*pair, *values) for pair, values in changed.items() if pair not in gone]
-        if rows:
+        kept = [(*pair, *values) for pair, values in changed.items() if pair not in gone]
+        if kept:
             connection.exec_driver_sql(
-                "INSERT OR REPLACE INTO hebbian(low, high, weight, last, count) "
-                "VALUES (?, ?, ?, ?, ?)",
-                rows,
+                "INSERT OR REPLACE INTO hebbian(actor, low, high, weight, last, count) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                kept,
             )
-        stored = [pair for pair in sorted(gone) if pair not in waiting or pair in known]
-        if stored:
-            connection.exec_driver_sql("DELETE FROM hebbian WHERE low = ? AND high = ?", stored)
+        if gone:
+            connection.exec_driver_sql(
+                "DELETE FROM hebbian WHERE actor = ? AND low = ? AND high = ?", sorted(gone)
+            )
 
     def _too_many(
-        self, known: Mapping[tuple[int, int], tuple[float, float, int]], ends: Sequence[int]
-    ) -> set[tuple[int, int]]:
+        self, known: Mapping[Pair, tuple[float, float, int]], ends: Sequence[int]
+    ) -> set[Pair]:
         """Pairs that one of these cubes has no room for, and those that are faint."""
         now = max(last for _, last, _ in known.values())
-        by_end: dict[int, list[tuple[float, tuple[int, int]]]] = {seq: [] for seq in ends}
+        by_end: dict[int, list[tuple[float, Pair]]] = {seq: [] for seq in ends}
         gone = set()
         for pair, (weight, last, _) in known.items():
             weight = self._cooled(weight, last, now)
             if weight < _FAINT * self.cap:
                 gone.add(pair)
                 continue
-            for seq in pair:
+            for seq in pair[1:]:
                 if seq in by_end:
                     by_end[seq].append((-weight, pair))
         for edges in by_end.values():
@@ -231,9 +260,16 @@ class Hebbian:
         return gone
 
 
+def _whose(scope: Scope | None) -> str:
+    return "" if scope is None or scope.rights is None else scope.rights.principal
+
+
 _AT = select(hebbian).where(
-    or_(
-        hebbian.c.low.in_(bindparam("seqs", expanding=True)),
-        hebbian.c.high.in_(bindparam("seqs", expanding=True)),
+    and_(
+        hebbian.c.actor == bindparam("actor"),
+        or_(
+            hebbian.c.low.in_(bindparam("seqs", expanding=True)),
+            hebbian.c.high.in_(bindparam("seqs", expanding=True)),
+        ),
     )
 )

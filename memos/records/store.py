@@ -18,6 +18,7 @@ from memos.cube.identity import canonical
 from memos.errors import ArgumentError
 from memos.records.cubes import CubeTable
 from memos.records.database import Database, open_database
+from memos.records.hebbian import Hebbian
 from memos.records.links import chunks, learners_of
 from memos.records.schema import bodies, cubes, embedders, memories, versions
 from memos.records.scope import DELETED, Scope
@@ -116,6 +117,7 @@ class Records:
         self.database = open_database(path, durable=durable, readonly=readonly, key=key)
         self._recent = RecentEmbeddings()
         self.uses = Uses(self.database)
+        self.hebbian = Hebbian(self.database)
         self.folder = None if path is None else Path(path)
         self.readonly = readonly
         self._lock = threading.Lock()
@@ -123,9 +125,10 @@ class Records:
         self._embedders: dict[int, tuple[str, int]] = {}
 
     def close(self) -> None:
-        """Write the uses that were counted, and close the file."""
+        """Write the uses that were counted and the edges they make, and close the file."""
         try:
             self.uses.write()
+            self.hebbian.write()
         finally:
             self.database.close()
 
