@@ -144,6 +144,19 @@ def plan_cases() -> Iterator[tuple[str, tuple]]:
         yield label, (torch.tensor(slots, dtype=torch.int64), num_slots)
 
 
+def rotate_cases() -> Iterator[tuple[str, tuple]]:
+    g = torch.Generator().manual_seed(5)
+    for D, R, T in ((64, 32, 9), (80, 16, 1), (128, 64, 33), (10, 5, 3), (6, 1, 2), (64, 32, 0)):
+        for dtype in DTYPES:
+            rows = torch.randn(2, 2, T, 3, D + 2, generator=g).to(dtype)
+            keys = [row.permute(0, 2, 1, 3)[..., 2:] for row in rows]
+            old, new = torch.randint(-5, 1 << 20, (2, T), generator=g)
+            inv_freq = 10000 ** -torch.arange(0, 1, 1 / R)[:R]
+            for interleaved in (False, True):
+                label = f"{D}, {R}, {str(dtype)[6:]}, interleaved {interleaved}"
+                yield label, (keys, old, new, inv_freq, interleaved)
+
+
 def merge_cases() -> Iterator[tuple[str, tuple]]:
     g = torch.Generator().manual_seed(3)
     for dtype in DTYPES:
@@ -156,6 +169,7 @@ CASES = {
     "write_blocks": write_cases,
     "pack_kv": pack_cases,
     "unpack_kv": unpack_cases,
+    "rotate_positions_": rotate_cases,
     "hash_blocks": hash_cases,
     "plan_adapters": plan_cases,
     "merge_adapter": merge_cases,

@@ -59,6 +59,9 @@ i64 cpu_fill_slab(i64 source, i64 slab, i64 jobs, i64 first, i64 last, i64 dtype
                                         reinterpret_cast<const memos::cpu::SlabJob*>(jobs), first,
                                         last, dtype);
 }
+void cpu_turn_keys(i64 call, i64 first, i64 last) {
+  memos::cpu::chosen().turn_keys(*reinterpret_cast<const memos::cpu::TurnCall*>(call), first, last);
+}
 i64 first_out_of_range(i64 ids, i64 count, i64 n) {
   return memos::cpu::first_out_of_range(ids_at(ids), count, n);
 }
@@ -79,5 +82,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_plan_adapters", &cpu_plan_adapters, nogil);
   m.def("cpu_apply_adapters", &cpu_apply_adapters, nogil);
   m.def("cpu_fill_slab", &cpu_fill_slab, nogil);
+  m.def("cpu_turn_keys", &cpu_turn_keys, nogil);
   m.def("first_out_of_range", &first_out_of_range, nogil);
 }

@@ -2,10 +2,11 @@
 #define MEMOS_LANES 16
 #include "cpu/adapters.inl"
 #include "cpu/kernels.inl"
+#include "cpu/rope.inl"
 #include "cpu/slab.inl"
 
 namespace memos::cpu {
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {"avx512",   pack_kv,        unpack_kv, gather_rows,
-                         write_rows, apply_adapters, fill_slab};
+                         write_rows, apply_adapters, fill_slab, turn_keys};
 }  // namespace memos::cpu

@@ -8,7 +8,7 @@ namespace memos::cpu {
 #if defined(MEMOS_X86)
 const Kernels kAvx512Bf16 = {"avx512bf16",        kAvx512.pack_kv,    kAvx512.unpack_kv,
                              kAvx512.gather_rows, kAvx512.write_rows, apply_adapters_avx512bf16,
-                             kAvx512.fill_slab};
+                             kAvx512.fill_slab,   kAvx512.turn_keys};
 #endif
 
 namespace {

@@ -40,6 +40,20 @@ struct SlabJob {
   i64 to, height, end;             // at slab + to; zeros follow up to slab + end
 };
 
+// The keys of one layer: address, then strides in elements; the last axis is contiguous.
+struct KeyView {
+  i64 keys, row, head, token;
+};
+
+// One call of rotate_positions_.
+struct TurnCall {
+  i64 layers;  // address of KeyView[L]
+  i64 B, H, T, dtype;
+  i64 half;         // so many pairs of channels turn, the first 2 * half of each head
+  i64 interleaved;  // a pair is (2i, 2i + 1), else (i, i + half)
+  i64 table;        // address of float[T][2][half]: cosines, sines
+};
+
 struct Kernels {
   const char* isa;
   // Tasks [first, last) of M * L; task t is block t % M of layer t / M.
@@ -57,6 +71,8 @@ struct Kernels {
   // Jobs [first, last), rounded to `dtype`. Returns how many numbers are infinite or NaN in it.
   i64 (*fill_slab)(const char* source, char* slab, const SlabJob* jobs, i64 first, i64 last,
                    i64 dtype);
+  // Tasks [first, last) of L * B * H; task t is head t % H of row t / H % B of layer t / (B * H).
+  void (*turn_keys)(const TurnCall& call, i64 first, i64 last);
 };
 
 extern const Kernels kBaseline;

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memos.kernels.codec import Codec
     from memos.kernels.hashing import hash_blocks
     from memos.kernels.kv import PackedRows, pack_kv, unpack_kv
+    from memos.kernels.rope import rotate_positions_
 
 _HOME = {
     "gather_blocks": "blocks",
@@ -31,6 +32,7 @@ _HOME = {
     "pack_kv": "kv",
     "unpack_kv": "kv",
     "PackedRows": "kv",
+    "rotate_positions_": "rope",
     "hash_blocks": "hashing",
     "Codec": "codec",
     "AdapterPlan": "adapters",
@@ -55,6 +57,7 @@ __all__ = [
     "ops",
     "pack_kv",
     "plan_adapters",
+    "rotate_positions_",
     "uniform_plan",
     "unpack_kv",
     "using",
