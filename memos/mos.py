@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from memos.cube import Hit, MemCube
 from memos.errors import ArgumentError, NotFoundError
 from memos.facade.files import Files
+from memos.facade.finding import Finding
 from memos.facade.history import Histories
 from memos.facade.keys import Keys
 from memos.facade.life import Lives
 from memos.facade.rights import Rights
+from memos.facade.schedule import Scheduling
 from memos.memories.declarative import DeclarativeMemory
-from memos.memories.tree import TreeTextMemory
 
 if TYPE_CHECKING:
     from memos.records.store import Records
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 
-class MOS(Histories, Lives, Rights, Files, Keys):
+class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding):
     """The memory operating system: memories under one roof, with the same verbs.
 
     Thread-safe. Several processes may open one folder; writers take turns.
@@ -89,6 +90,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
     def close(self) -> None:
         """Write the caches of the indexes and close the files. The cubes are stored already."""
         self._close_life()
+        self._close_schedule()
         with self._lock:
             for memory in self._memories.values():
                 if isinstance(memory, DeclarativeMemory):
@@ -134,6 +136,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
                 known.close()
             self._restored.discard(name)
             self._memories[name] = self._watched(memory)
+            self._schedule_memory(memory)
         return memory
 
     @property
@@ -335,6 +338,7 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             scope = dataclasses.replace(chosen.scope(filters), archived=include_archived)
             hits = chosen.lookup(query, limit, scope)
         self._count(hits)
+        self._report_uses(hits)
         if include_ancestors or include_siblings or include_descendants:
             return self._with_relatives(
                 hits, include_ancestors, include_siblings, include_descendants
@@ -370,6 +374,8 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         hits = self._search(query, limit, memories, filters, include_archived)
         context = synthesise(query, hits, budget_tokens, count_tokens)
         self._carry(context.hits)
+        self._report_uses(context.hits)
+        self._associate(context.hits)
         return context
 
     def explain(self, result: Any) -> Explanation:
@@ -397,8 +403,8 @@ class MOS(Histories, Lives, Rights, Files, Keys):
         return sum(m.expire() for m in self.memories.values() if isinstance(m, DeclarativeMemory))
 
     def stats(self) -> dict[str, Any]:
-        """Memories with their kinds, numbers of cubes and of vectors; bytes on disk, which a
-        principal is not told."""
+        """Memories with their kinds, numbers of cubes and of vectors; bytes on disk and, once
+        there are budgets, the scheduler's figures, which a principal is not told."""
         from memos.records.scope import acting
 
         found = {}
@@ -406,85 +412,8 @@ class MOS(Histories, Lives, Rights, Files, Keys):
             found[name] = {"kind": memory.kind, **memory.stats()}
         if acting.get() is not None:
             return {"memories": found}
-        return {"memories": found, "bytes": self.records.file_bytes()}
-
-    # Inside.
-
-    def _search(
-        self,
-        query: str,
-        limit: int,
-        names: Sequence[str] | None,
-        filters: Mapping[str, Any] | None,
-        archived: bool = False,
-    ) -> list[Hit]:
-        from memos.memories.source import MemorySource
-        from memos.records.scope import Scope, acting
-
-        if not query.strip():
-            raise ArgumentError("query: a text that is not empty wanted")
-        if names is None:
-            chosen = [
-                memory
-                for memory in self.memories.values()
-                if isinstance(memory, DeclarativeMemory) and memory.in_prompts
-            ]
-        else:
-            chosen = [self._declarative(name) for name in names]
-        if not self.records.readonly:
-            for memory in chosen:
-                memory.expire()
-        sources = [MemorySource(memory, archived) for memory in chosen]
-        pipeline = self.pipeline
-        with self.records.database.snapshot():
-            given = {} if filters is None else filters
-            scope = Scope(given, self._clock(), archived, rights=acting.get())
-            return pipeline.run(query, sources, limit, scope)
-
-    def _with_relatives(
-        self, hits: Sequence[Hit], ancestors: bool, siblings: bool, descendants: bool
-    ) -> list[Hit]:
-        """The hits, those of trees with what stands around them."""
-        found = list(hits)
-        for name in {hit.memory for hit in hits}:
-            memory = self.memory(name)
-            if not isinstance(memory, TreeTextMemory):
-                continue
-            places = [i for i, hit in enumerate(found) if hit.memory == name]
-            filled = memory.with_relatives(
-                [found[i] for i in places],
-                ancestors=ancestors,
-                siblings=siblings,
-                descendants=descendants,
-            )
-            for i, hit in zip(places, filled, strict=True):
-                found[i] = hit
-        return found
-
-    def _declarative(self, name: str) -> DeclarativeMemory:
-        memory = self.memory(name)
-        if not isinstance(memory, DeclarativeMemory):
-            raise ArgumentError(f"memory {name!r}: one that reads text wanted, got {memory.kind}")
-        return memory
-
-    def _holder(self, id: str, memory_name: str | None, dead: bool = False) -> Any:
-        """The memory that holds a cube."""
-        if memory_name is not None:
-            return self.memory(memory_name)
-        with self.records.database.read() as connection:
-            located = self.records.locate(connection, id, dead=dead)
-        readable = self._readable(seq for seq, _ in located)
-        names = [name for seq, name in located if seq in readable]
-        names += [
-            name
-            for name, memory in self.memories.items()
-            if not isinstance(memory, DeclarativeMemory) and memory.has(id)
-        ]
-        if not names:
-            raise NotFoundError(f"id: no cube {id!r} in any memory")
-        if len(names) > 1:
-            raise ArgumentError(f"id: {id!r} is in {', '.join(names)}; say memory_name")
-        return self.memory(names[0])
+        more = {"scheduler": self._scheduler.stats()} if "_scheduler" in vars(self) else {}
+        return {"memories": found, "bytes": self.records.file_bytes(), **more}
 
 
 def _restored(row: Mapping[str, Any]) -> DeclarativeMemory | None:

@@ -10,7 +10,6 @@ import pytest
 
 from memos.adapters import policy as adapter_policies
 from memos.errors import ArgumentError
-from memos.facade.schedule import Scheduling
 from memos.kv import policy as kv_policies
 from memos.kv.store import KVStore
 from memos.mos import MOS
@@ -116,17 +115,13 @@ def test_a_pool_evicts_as_the_policy_says_and_a_worker_moves_adapters() -> None:
     pool.close()
 
 
-class Whole(Scheduling, MOS):
-    """A MOS with this part."""
-
-
 def test_a_mos_has_budgets_and_associations() -> None:
     from memos import GeneralTextMemory
 
-    mos: Any = Whole()
+    mos: Any = MOS()
     with pytest.raises(ArgumentError, match="budgets wanted first"):
         _ = mos.scheduler
-    scheduler = mos.schedule({"device": 100})
+    scheduler = mos.schedule({"device": 100}, every_s=None)
     assert mos.scheduler is scheduler
     mos.register_memory(GeneralTextMemory("notes"))
     cubes = [mos.add("notes", text) for text in ("tea", "kettle", "moon")]
@@ -138,5 +133,4 @@ def test_a_mos_has_budgets_and_associations() -> None:
     assert edge["weight"] == pytest.approx(0.36, abs=1e-3)
     assert mos.associations(cubes[2].id) == []
     assert len(mos.history(cubes[0].id)) == 1, "no new version"
-    mos._close_schedule()
     mos.close()

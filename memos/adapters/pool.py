@@ -193,6 +193,11 @@ class AdapterPool:
                 self.device_bytes = old
                 raise
 
+    def ready(self) -> dict[str, int]:
+        """Bytes of every adapter that is on the device."""
+        with self._changed:
+            return {e.digest: e.num_bytes for e in self._entries.values() if e.is_ready}
+
     def busy(self) -> set[str]:
         """Digests of the adapters that are in use or pinned."""
         with self._changed:

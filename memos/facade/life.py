@@ -70,7 +70,7 @@ class Lives:
             if not isinstance(one, str | MemCube):
                 raise ArgumentError(f"use: hits, cubes or ids wanted, got {type(one).__name__}")
             id, name = (one, None) if isinstance(one, str) else (one.id, one.memory)
-            self._living(id, name).get(id)
+            self._report_uses([self._living(id, name).get(id)])
 
     def transitions(self: Any, id: str, memory_name: str | None = None) -> list[Transition]:
         """Every move of a cube between the states of its life, oldest first."""

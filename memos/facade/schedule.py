@@ -6,33 +6,67 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memos.cube import MemCube
-from memos.errors import ArgumentError
+from memos.errors import ArgumentError, NotFoundError
 
 if TYPE_CHECKING:
     from memos.records.hebbian import Hebbian
     from memos.scheduler import Rules, Scheduler
+    from memos.scheduler.sources import Source
+    from memos.scheduler.sources_text import Activator, Consolidator
+
+_PAIRED = 8  # cubes of a context that are paired, the best ones
 
 
 class Scheduling:
     """Part of MOS."""
 
-    def schedule(self: Any, budgets: Mapping[str, int], *, rules: Rules | None = None) -> Scheduler:
+    def schedule(
+        self: Any,
+        budgets: Mapping[str, int],
+        *,
+        rules: Rules | None = None,
+        every_s: float | None = 10.0,
+        tune: bool = True,
+        activator: Activator | None = None,
+        consolidator: Consolidator | None = None,
+    ) -> Scheduler:
         """Give every tier a budget; returns the scheduler, which is ``mos.scheduler`` from now on.
+
+        The quotas of all memories are cut so that together they never exceed it. Sessions of
+        KVCacheMemory, adapters of ParametricMemory and the texts that are used become units;
+        memories that are registered later take part too. Moves happen in the background and stop
+        with ``close``.
 
         Args:
             budgets: bytes by tier, fastest first, for example
-                {"device": 8 << 30, "host": 32 << 30, "disk": 256 << 30}.
+                {"device": 8 << 30, "host": 32 << 30, "disk": 256 << 30}. A disk that is not named
+                is without limit, but for the memories' own.
+            rules:   of the plans.
+            every_s: seconds between two plans; None: only ``mos.scheduler.step()`` makes one.
+            tune:    False: what is learnt from use about how long uses count is left aside.
+            activator:    makes KV of hot texts; None: texts stay texts.
+            consolidator: makes adapters of hot texts, as ``memos.facade.learning.Learning`` does.
 
         Raises:
             ArgumentError: a budget below 0.
+            QuotaError: what is pinned takes more.
         """
-        from memos.scheduler import Scheduler
+        from memos.scheduler import Rules, Scheduler
+        from memos.scheduler.scheduler import UNLIMITED
 
+        tiers = dict(budgets)
+        tiers.setdefault("disk", UNLIMITED)
         with self._lock:
-            if "_scheduler" in vars(self):
-                self._scheduler.close()
-            self._scheduler = Scheduler(budgets, rules=rules, clock=self._clock)
-            found: Scheduler = self._scheduler
+            self._stop_schedule()
+            found = Scheduler(tiers, rules=rules or Rules(), clock=self._clock, tune=tune)
+            found.notes = self._notes
+            self._makers = activator, consolidator
+            self._sources: dict[str, Source] = {}
+            self._scheduler: Scheduler = found
+            for memory in list(self._memories.values()):
+                self._schedule_memory(memory)
+            if every_s is not None:
+                found.start(every_s)
             return found
 
     @property
@@ -46,31 +80,30 @@ class Scheduling:
     @property
     def hebbian(self: Any) -> Hebbian:
         """The edges between cubes that were used together."""
-        from memos.records.hebbian import Hebbian
-
-        with self._lock:
-            if "_hebbian" not in vars(self):
-                self._hebbian = Hebbian(self.records.database)
-            found: Hebbian = self._hebbian
-            return found
+        found: Hebbian = self.records.hebbian
+        return found
 
     def associations(self: Any, id: str, memory_name: str | None = None) -> list[dict[str, Any]]:
         """What was used together with a cube, the strongest first.
 
         Returns:
-            For each: id, memory, weight (0 to 1, by now), count, last (seconds since 1970). Of
-            what may not be seen, nothing.
+            For each: id, memory, weight (0 to 1, by now), count, last (seconds since 1970). To a
+            principal: of its own uses, and of what it may read.
 
         Raises NotFoundError.
         """
         from sqlalchemy import select
 
         from memos.records.schema import cubes, memories
+        from memos.records.scope import Scope, acting
 
         name = self._holder(id, memory_name).name
+        scope = Scope(rights=acting.get())
         with self.records.database.read() as connection:
             seqs = [s for s, m in self.records.locate(connection, id) if m == name]
-            edges = [e for s in seqs for e in self.hebbian.explain(connection, s, self._clock())]
+            edges = [
+                e for s in seqs for e in self.hebbian.explain(connection, s, self._clock(), scope)
+            ]
             rows = connection.execute(
                 select(cubes.c.seq, cubes.c.id, memories.c.name)
                 .join(memories, memories.c.id == cubes.c.memory)
@@ -93,21 +126,85 @@ class Scheduling:
     def _associate(self: Any, hits: Iterable[MemCube]) -> None:
         """A context carries these, the best first: they belong together a little more."""
         from memos.memories.declarative import DeclarativeMemory
+        from memos.records.scope import acting
 
         if self.records.readonly:
             return
         known = self.memories
-        wanted = [h for h in hits if isinstance(known.get(h.memory), DeclarativeMemory)]
+        wanted = [h for h in hits if isinstance(known.get(h.memory), DeclarativeMemory)][:_PAIRED]
+        if len(wanted) < 2:
+            return
         with self.records.database.read() as connection:
             seqs = []
             for hit in wanted:
                 found = self.records.locate(connection, hit.id)
                 seqs += [seq for seq, name in found if name == hit.memory]
-        self.hebbian.used(seqs, self._clock())
+        actor = acting.get()
+        self.hebbian.used(seqs, self._clock(), "" if actor is None else actor.principal)
 
-    def _close_schedule(self: Any) -> None:
-        """Before the records close: the worker stops, and what waits is written."""
+    # Units
+
+    def _schedule_memory(self: Any, memory: Any) -> None:
+        """A memory takes part in the budgets, where there are any."""
+        from memos.memories.declarative import DeclarativeMemory
+
+        if "_scheduler" not in vars(self):
+            return
+        if memory.name in self._sources:
+            self._scheduler.remove_source(memory.name)
+            del self._sources[memory.name]
+        source: Any = None
+        if memory.kind == "kv_cache":
+            from memos.scheduler.sources_kv import KVSource
+
+            source = KVSource(memory, clock=self._clock)
+        elif memory.kind == "parametric":
+            from memos.scheduler.sources_adapters import AdapterSource
+
+            source = AdapterSource(memory, clock=self._clock)
+        elif isinstance(memory, DeclarativeMemory):
+            from memos.scheduler.sources_text import TextSource
+
+            activator, consolidator = self._makers
+            name = memory.name
+            source = TextSource(
+                name,
+                archives=lambda id, why: self.archive(id, name, why=why),
+                activator=activator if memory.in_prompts else None,
+                consolidator=consolidator if memory.in_prompts else None,
+            )
+        if source is not None:
+            self._sources[memory.name] = source
+            self._scheduler.add_source(source)
+
+    def _report_uses(self: Any, cubes: Iterable[MemCube]) -> None:
+        """Texts were used: what is hot follows from that."""
+        if "_scheduler" not in vars(self):
+            return
+        by_memory: dict[str, list[MemCube]] = {}
+        for cube in cubes:
+            by_memory.setdefault(cube.memory, []).append(cube)
+        now = self._clock()
+        for name, used in by_memory.items():
+            source = self._sources.get(name)
+            if hasattr(source, "used_texts"):
+                source.used_texts(used, now)
+
+    def _notes(self: Any, unit: str) -> dict[str, Any]:
+        """What ``scheduler.explain`` says of a text beside its figures: what it belongs to."""
+        name, _, id = unit.partition("/")
+        if not hasattr(self._sources.get(name), "used_texts"):
+            return {}
+        try:
+            return {"associations": self.associations(id, name)}
+        except NotFoundError:
+            return {}
+
+    def _stop_schedule(self: Any) -> None:
         if "_scheduler" in vars(self):
             self._scheduler.close()
-        if "_hebbian" in vars(self) and not self.records.readonly:
-            self._hebbian.write()
+            del self._scheduler
+
+    def _close_schedule(self: Any) -> None:
+        """Before the memories close: planning and moving stop."""
+        self._stop_schedule()

@@ -97,6 +97,7 @@ class ParametricMemory(DeclarativeMemory):
         self._layout: SlabLayout | None = None
         self._base: dict[str, str] | None = None  # fingerprint of the attached model
         self._attach_lock = threading.RLock()
+        self.meter: Any = None  # told of a pool that is there, and of digests that are used
         # By principal and name: as of which change.
         self._known: dict[tuple[Any, str], tuple[int, MemCube]] = {}
 
@@ -114,6 +115,11 @@ class ParametricMemory(DeclarativeMemory):
         if self._attachment is not None:
             self.detach()
         super().close()
+
+    @property
+    def pool(self) -> AdapterPool | None:
+        """What is ready for the attached model; None while there is none."""
+        return self._pool
 
     @property
     def files(self) -> AdapterStore:
@@ -164,6 +170,8 @@ class ParametricMemory(DeclarativeMemory):
             )
             self._base = None
             self._attachment = attachment
+            if self.meter is not None:
+                self.meter.attached()
         return self
 
     def detach(self) -> None:
@@ -202,6 +210,8 @@ class ParametricMemory(DeclarativeMemory):
         if isinstance(names, str) or not isinstance(names, Sequence) or not names:
             raise ArgumentError(f"names: a list with a name or None per row wanted, got {names!r}")
         digests = {name: self._digest(name) for name in set(names) if name is not None}
+        if self.meter is not None:
+            self.meter.used(digests.values())
         with ExitStack() as stack:
             stack.enter_context(attached.held())
             slots = dict(stack.enter_context(pool.using(list(digests.values()))))

@@ -83,6 +83,8 @@ class Ranking:
         self.wanted = numpy.zeros((n, tiers), bool)
         self.price = numpy.zeros(tiers)
         may_build = numpy.isin(state.kind, [KINDS.index(kind) for kind in rules.build])
+        if state.buildable is not None:
+            may_build &= state.buildable
         nowhere = numpy.where(state.rebuildable, state.rebuild_s, numpy.inf)
         exists = _any(state.copies)
         # Seconds to the first use from where it is now.

@@ -8,15 +8,19 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from memos.errors import ArgumentError, NotFoundError
+from memos.errors import ArgumentError, MemosError, NotFoundError
 from memos.scheduler.plan import DEMOTE, DROP, Action, Ranking, Rules, check_budgets, plan
+from memos.scheduler.sources import Router, Shares, Source
+from memos.scheduler.tuning import HALF_LIVES_S, Tuner
 from memos.scheduler.units import HALF_LIFE_S, Costs, Estimate, State, Unit
-from memos.scheduler.worker import DONE, Executor, Ledger, Outcome, Worker
+from memos.scheduler.worker import DONE, FAILED, Executor, Ledger, Outcome, Worker
 
+UNLIMITED = 1 << 62  # a budget that no engine is cut to
+_RESTS_S = 600.0  # after a move failed
 _GAPS = 3  # a unit is expected for so many of its usual gaps
 
 
@@ -28,6 +32,7 @@ class Scheduler:
         rules:       of the plans.
         half_life_s: of a use.
         clock:       seconds since 1970.
+        tune:        False: the half-life stays as it is.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Scheduler:
         rules: Rules | None = None,
         half_life_s: float = HALF_LIFE_S,
         clock: Callable[[], float] = time.time,
+        tune: bool = True,
     ) -> None:
         self.tiers = tuple(budgets)
         self.budgets = dict(budgets)
@@ -50,6 +56,17 @@ class Scheduler:
         self._last_plan: list[Action] = []
         self._lock = threading.RLock()
         self._worker: Worker | None = None
+        self._router: Router | None = None
+        self._beat: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._error = ""
+        self._resting: dict[str, float] = {}  # units whose move failed: until when they stay
+        self.notes: Callable[[str], dict[str, Any]] = lambda id: {}
+        self._plan_s = 0.0
+        self.counts: Counter[str] = Counter()
+        others = [half_life_s, *(one for one in HALF_LIVES_S if one != half_life_s)]
+        self.tuner = Tuner(sorted(others) if tune else [half_life_s], half_life_s)
+        self.listeners: list[Callable[[Outcome], object]] = []
         check_budgets(State.of([], self.tiers), self.budgets)
 
     # What there is
@@ -60,9 +77,23 @@ class Scheduler:
         with self._lock:
             self._units[unit.id] = unit
 
+    def update(self, unit: Unit) -> None:
+        """As ``put``, of what is there and what it costs; what is known of its uses stays."""
+        with self._lock:
+            known = self._units.get(unit.id)
+            if known is not None:
+                unit = dataclasses.replace(
+                    unit,
+                    heat=known.heat,
+                    last=max(known.last, unit.last),
+                    next_use=known.next_use,
+                )
+            self.put(unit)
+
     def remove(self, id: str) -> None:
         """A unit is gone. Unknown ones are ignored."""
         with self._lock:
+            self.tuner.forget(id)
             self._units.pop(id, None)
             self._gaps.pop(id, None)
             self._last_actions.pop(id, None)
@@ -86,6 +117,11 @@ class Scheduler:
                 return
             age = max(now - unit.last, 0.0)
             heat = unit.heat * 0.5 ** (age / self.half_life_s) + 1.0
+            self.counts["uses"] += 1
+            self.counts["hits"] += bool(unit.copies & {*self.tiers[:1], *self.tiers[:-1]})
+            if self.tuner.used(id, now):
+                self._take_half_life()
+                heat = self.tuner.heat(id, now) or heat
             next_use = None
             if unit.heat > 0:
                 gap = self._gaps.setdefault(id, Estimate(age, 0.3))
@@ -121,15 +157,22 @@ class Scheduler:
         now = self.clock()
         with self._lock:
             used = self._worker.in_use() if self._worker else set()
-            units = [self._expected(unit, now) for unit in self._units.values()]
+            known, gaps = list(self._units.values()), dict(self._gaps)
+            self._resting = {id: until for id, until in self._resting.items() if until > now}
+            used |= self._resting.keys()
+        units = [_expected(unit, gaps.get(unit.id), now) for unit in known]
         units = [dataclasses.replace(u, in_use=True) if u.id in used else u for u in units]
         return State.of(units, self.tiers, self.half_life_s)
 
     def plan(self) -> list[Action]:
         """What should be done now; nothing is."""
+        self.refresh()
+        start = time.perf_counter()
         found = plan(self.state(), self.budgets, self.clock(), self.rules)
         with self._lock:
             self._last_plan = found
+            self._plan_s = time.perf_counter() - start
+            self.counts["plans"] += 1
         return found
 
     def run(self) -> list[Action]:
@@ -148,10 +191,91 @@ class Scheduler:
         self._worker = Worker(executor, ledger, self._size, moved=self._moved, clock=self.clock)
         return self._worker
 
+    # Memories
+
+    def add_source(self, source: Source) -> None:
+        """Plan for the units of a memory too, whose engines get a part of the budgets."""
+        with self._lock:
+            if self._router is None:
+                cut = {t: budget for t, budget in self.budgets.items() if budget < UNLIMITED}
+                self._router = Router(Shares(cut), self._size)
+                self.attach(self._router)
+        self._router.add(source)
+
+    def remove_source(self, name: str) -> None:
+        """Forget a memory and its units."""
+        if self._router is not None:
+            for id in self._router.remove(name):
+                self.remove(id)
+
+    def quotas(self, tier: str) -> dict[str, int]:
+        """What each memory may hold of a tier now: together at most its budget."""
+        return {} if self._router is None else self._router.shares.quotas(tier)
+
+    def refresh(self) -> None:
+        """Take in what memories tell: units, what they take, uses."""
+        if self._router is None:
+            return
+        known = set(self.tiers)
+        for unit in self._router.changed():
+            if isinstance(unit, str):
+                self.remove(unit)
+                continue
+            here = {tier: size for tier, size in unit.num_bytes.items() if tier in known}
+            access = {tier: s for tier, s in unit.access_s.items() if tier in known}
+            self.update(
+                dataclasses.replace(
+                    unit, num_bytes=here, access_s=access, copies=unit.copies & known
+                )
+            )
+        for id, at in self._router.uses():
+            self.use(id, at)
+        if self._worker is not None and self._worker.is_idle():
+            self._worker.ledger.set(self.state().used())
+
+    def step(self) -> list[Action]:
+        """Make a plan, and hand it to the worker unless it still works on the last one."""
+        if self._worker is None or not self._worker.is_idle():
+            return []
+        if self._router is not None:
+            self._router.look_again()
+            for tier in self.tiers:
+                self._router.shares.divide(tier)
+        return self.run()
+
+    def start(self, every_s: float = 10.0) -> None:
+        """Do a ``step`` every so many seconds in the background, until ``close``."""
+        if not every_s > 0:
+            raise ArgumentError(f"every_s: seconds above 0 wanted, got {every_s}")
+        if self._beat is not None:
+            raise ArgumentError("start: it runs already")
+        self._beat = threading.Thread(
+            target=self._run, args=(every_s,), name="memos-planner", daemon=True
+        )
+        self._beat.start()
+
+    def _run(self, every_s: float) -> None:
+        while not self._stop.wait(every_s):
+            try:
+                self.step()
+            except MemosError as error:  # a store that is busy or closed: the next step tries again
+                self._error = str(error)
+
     def close(self) -> None:
-        """Stop the worker."""
+        """Stop planning and the worker; the memories keep the quotas they have."""
+        self._stop.set()
+        beat, self._beat = self._beat, None
+        if beat is not None:
+            beat.join()
         if self._worker is not None:
             self._worker.close()
+        if self._router is not None:
+            self._router.close()
+
+    @property
+    def worker(self) -> Worker | None:
+        """Who carries plans out; None before ``attach`` or ``add_source``."""
+        return self._worker
 
     # What is shown
 
@@ -162,7 +286,8 @@ class Scheduler:
             copies; heat; uses_per_hour; next_use_s: from now, None: not known; importance;
             rebuild_s, access_s; tiers: for each {worth: seconds that a copy there saves per
             second and byte, price: the least that gets a place, wanted}; action: the last one on
-            it, with its reason; words: all of that in a sentence.
+            it, with its reason; words: all of that in a sentence; of a text associations: what
+            was used together with it.
 
         Raises:
             NotFoundError: no such unit.
@@ -184,6 +309,7 @@ class Scheduler:
             action = self._last_actions.get(id)
         place_words = ", ".join(sorted(unit.copies)) or "nowhere"
         return {
+            **self.notes(id),
             "id": id,
             "kind": unit.kind,
             "copies": sorted(unit.copies),
@@ -213,6 +339,12 @@ class Scheduler:
             },
             "units": len(state),
             "planned": len(self._last_plan),
+            "plan_s": self._plan_s,
+            "plans": self.counts["plans"],
+            "uses": self.counts["uses"],
+            "hit_rate": self.counts["hits"] / max(self.counts["uses"], 1),
+            "tuning": self.tuner.stats(),
+            "error": self._error,
             "worker": dict(self._worker.counts) if self._worker else {},
             "costs": self.costs.measured(),
         }
@@ -230,12 +362,13 @@ class Scheduler:
 
     # Inside
 
-    def _expected(self, unit: Unit, now: float) -> Unit:
-        """A unit that is overdue by several of its gaps is not expected any more."""
-        gap = self._gaps.get(unit.id)
-        if unit.next_use is not None and gap is not None and now > unit.last + _GAPS * gap.value:
-            return dataclasses.replace(unit, next_use=None)
-        return unit
+    def _take_half_life(self) -> None:
+        """Another half-life was chosen: the heat of every unit is what it says."""
+        self.half_life_s = self.tuner.half_life_s
+        for id, unit in self._units.items():
+            heat = self.tuner.heat(id, unit.last)
+            if heat is not None:
+                self._units[id] = dataclasses.replace(unit, heat=heat)
 
     def _size(self, id: str, tier: str) -> int:
         return self.unit(id).num_bytes[tier]
@@ -257,7 +390,18 @@ class Scheduler:
                 unit, copies=frozenset(copies), archived=archived
             )
             self._last_actions[action.unit] = action
+            if outcome.state == FAILED:
+                self._resting[action.unit] = self.clock() + _RESTS_S
+            for listener in self.listeners:
+                listener(outcome)
             if outcome.state == DONE and action.kind not in (DROP, DEMOTE):
                 where = action.source or unit.kind
                 operation = "load" if action.source else "rebuild"
                 self.costs.add(operation, where, action.num_bytes, outcome.seconds)
+
+
+def _expected(unit: Unit, gap: Estimate | None, now: float) -> Unit:
+    """A unit that is overdue by several of its gaps is not expected any more."""
+    if unit.next_use is not None and gap is not None and now > unit.last + _GAPS * gap.value:
+        return dataclasses.replace(unit, next_use=None)
+    return unit

@@ -41,6 +41,7 @@ class Unit:
         access_s:    by tier: seconds from there until it can be used: load and decode.
         next_use:    when it is expected to be wanted, seconds; None: not known.
         archived:    of a text: it is already.
+        buildable:   a worker can build it; else only whoever uses it does.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Unit:
     access_s: Mapping[str, float] = field(default_factory=dict)
     next_use: float | None = None
     archived: bool = False
+    buildable: bool = True
 
 
 @dataclass
@@ -71,6 +73,7 @@ class State:
         copies:    [n, t] bool.
         heat, last, importance, rebuild_s, next_use: [n] float64; next_use nan: not known.
         pinned, in_use, rebuildable, archived: [n] bool.
+        buildable: [n] bool; None: all are.
         access_s:  [n, t] float64.
     """
 
@@ -90,6 +93,7 @@ class State:
     next_use: Array
     archived: Array
     half_life_s: float = HALF_LIFE_S
+    buildable: Array | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -142,6 +146,7 @@ class State:
             access_s=table(lambda unit, tier: unit.access_s.get(tier, 0.0), float),
             next_use=numpy.array(nexts, float),
             archived=column("archived", bool),
+            buildable=column("buildable", bool),
             half_life_s=half_life_s,
         )
 

@@ -79,6 +79,11 @@ class Ledger:
         with self._lock:
             return dict(self._used)
 
+    def set(self, used: Mapping[str, int]) -> None:
+        """What was measured anew, of engines that move bytes by themselves."""
+        with self._lock:
+            self._used.update({tier: used.get(tier, 0) for tier in self._used})
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -175,6 +180,11 @@ class Worker:
         """Units that requests use."""
         with self._changed:
             return set(self._users)
+
+    def is_idle(self) -> bool:
+        """Whether nothing waits or moves."""
+        with self._changed:
+            return self._thread is None and self._running is None and not self._queue
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Return when nothing waits or moves; False where that takes longer than ``timeout_s``."""

@@ -1,0 +1,256 @@
+"""The sessions of a KVCacheMemory as units: in memory and on disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memos.errors import ArgumentError, NotFoundError, StoreError
+from memos.scheduler.plan import Action
+from memos.scheduler.sources import Engine
+from memos.scheduler.units import KV, Estimate, Unit
+
+if TYPE_CHECKING:
+    from memos.memories.kv_cache import KVCacheMemory
+
+HOST, DISK = "host", "disk"
+_OPEN_S = 600.0  # a turn that was begun and not committed is given up after so long
+_CHUNK = 16  # blocks between two looks at whether a move is cancelled
+_FEW = 8  # sessions that share a block: each new one changes what it costs the others
+
+
+class Pace:
+    """Seconds per token of the prompt and per generated one, from turns as they happen.
+
+    Least squares over recent turns: the time of a turn is a sum of both.
+    """
+
+    def __init__(self, prompt_s: float = 1e-3, keep: float = 0.98) -> None:
+        self.prompt_s, self.output_s, self._keep = prompt_s, prompt_s, keep
+        self._pp = self._po = self._oo = self._pt = self._ot = 0.0
+
+    def add(self, prompt: int, output: int, seconds: float) -> None:
+        """A turn computed so many tokens of its prompt and generated so many."""
+        keep = self._keep
+        self._pp = keep * self._pp + prompt * prompt
+        self._po = keep * self._po + prompt * output
+        self._oo = keep * self._oo + output * output
+        self._pt = keep * self._pt + prompt * seconds
+        self._ot = keep * self._ot + output * seconds
+        both = self._pp * self._oo - self._po * self._po
+        if both > 1e-3 * self._pp * self._oo:
+            first = (self._pt * self._oo - self._ot * self._po) / both
+            second = (self._ot * self._pp - self._pt * self._po) / both
+            if first > 0 and second > 0:
+                self.prompt_s, self.output_s = first, second
+                return
+        total = self._pt + self._ot
+        if total > 0:
+            same = total / (self._pp + 2 * self._po + self._oo)
+            self.prompt_s = self.output_s = same
+
+
+class KVSource:
+    """Sessions: a unit each, "memory/session". Blocks that sessions share count in parts.
+
+    A session that nothing holds can be computed again by its next turn, so its last copy may go.
+
+    Args:
+        memory: whose sessions.
+        rebuild: computes a session's KV anew and stores it, in the background; None: only turns do.
+    """
+
+    def __init__(
+        self,
+        memory: KVCacheMemory,
+        *,
+        clock: Callable[[], float] = time.time,
+        rebuild: Callable[[str], object] | None = None,
+    ) -> None:
+        self.name, self.memory, self._clock = memory.name, memory, clock
+        self._rebuild = rebuild
+        self._store = memory.store
+        self.has_disk = self._store.path is not None
+        self.pace = Pace()
+        self._access = {HOST: Estimate(1e-10), DISK: Estimate(1e-9)}  # seconds per byte
+        self._lock = threading.Lock()
+        self._dirty: dict[str, None] = dict.fromkeys(
+            session.id for session in memory.tenant.sessions()
+        )
+        self._uses: deque[tuple[str, float]] = deque()
+        self._open: dict[str, float] = {}
+        self._keys: dict[str, list[bytes]] = {}
+        self._sharers: dict[bytes, set[str]] = {}
+        self._was_in: dict[str, str] = {}
+        memory.meter = self
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self.memory.meter is self:
+            self.memory.meter = None
+
+    # What the memory tells
+
+    def begun(self, turn: Any, seconds: float) -> None:
+        """A turn begins; what was stored of its prompt took so long to come back."""
+        now = self._clock()
+        with self._lock:
+            self._dirty[turn.session] = None
+            self._open[turn.session] = now
+            self._uses.append((self.id(turn.session), now))
+            if turn.stored_bytes:
+                where = self._was_in.get(turn.session, HOST)
+                self._access[where].add(seconds / turn.stored_bytes)
+        start = time.perf_counter()
+
+        def committed(turn: Any) -> None:
+            took = time.perf_counter() - start
+            with self._lock:
+                self._dirty[turn.session] = None
+                self._open.pop(turn.session, None)
+                computed = len(turn.token_ids) - turn.reused_tokens
+                output = max(turn.cache.get_seq_length() + 1 - len(turn.token_ids), 0)
+                self.pace.add(computed, output, took)
+
+        turn.on_commit = committed
+
+    # Units
+
+    def id(self, session: str) -> str:
+        return f"{self.name}/{session}"
+
+    def engines(self) -> Sequence[Engine]:
+        state, store = self._store, self._store
+        found = [
+            Engine(
+                self.name,
+                HOST,
+                lambda: int(state.stats()["host"]["bytes"]),
+                lambda n: store.set_quotas(host_bytes=n),
+                store,
+            )
+        ]
+        if self.has_disk:
+            found.append(
+                Engine(
+                    self.name,
+                    DISK,
+                    lambda: int(state.stats()["disk"]["bytes"]),
+                    lambda n: store.set_quotas(disk_bytes=n),
+                    store,
+                )
+            )
+        return found
+
+    def uses(self) -> Iterator[tuple[str, float]]:
+        while self._uses:
+            yield self._uses.popleft()
+
+    def changed(self) -> Iterator[Unit | str]:
+        now = self._clock()
+        with self._lock:
+            over = [name for name, at in self._open.items() if now - at > _OPEN_S]
+            for name in over:
+                del self._open[name]
+                self._dirty[name] = None
+            dirty, self._dirty = list(self._dirty), {}
+        for name in dirty:
+            unit = self._unit(name)
+            yield self.id(name) if unit is None else unit
+
+    def look_again(self) -> None:
+        """Engines moved blocks by themselves: every session is measured anew."""
+        with self._lock:
+            self._dirty.update(dict.fromkeys(self._keys))
+
+    def _unit(self, name: str) -> Unit | None:
+        session = self.memory.tenant.session(name)
+        with self._lock:
+            for key in self._keys.pop(name, ()):
+                self._sharers[key].discard(name)
+                if not self._sharers[key]:
+                    del self._sharers[key]
+            if session is None:
+                self._was_in.pop(name, None)
+                return None if name not in self._open else self._opening(name)
+            self._keys[name] = session.keys
+            part = 0.0
+            for key in session.keys:
+                sharers = self._sharers.setdefault(key, set())
+                sharers.add(name)
+                part += 1.0 / len(sharers)
+                if 1 < len(sharers) <= _FEW:
+                    self._dirty.update(dict.fromkeys(sharers - {name}))
+            is_open = name in self._open
+        tiers = (HOST, DISK) if self.has_disk else (HOST,)
+        placed = self.memory.tenant.placed(session.keys)
+        count = len(session.keys)
+        sizes = [size * count // max(held, 1) for held, size in placed.values()]
+        whole = max(sizes)
+        share = part / max(count, 1)
+        size = max(int(whole * share), 1)
+        copies = frozenset(tier for tier in tiers if count and placed[tier][0] == count)
+        self._was_in[name] = HOST if HOST in copies or not self.has_disk else DISK
+        return Unit(
+            self.id(name),
+            KV,
+            num_bytes=dict.fromkeys(tiers, size),
+            copies=copies,
+            pinned=session.pinned,
+            in_use=is_open,
+            rebuildable=True,
+            rebuild_s=len(session.token_ids) * self.pace.prompt_s,
+            access_s={tier: whole * self._access[tier].value for tier in tiers},
+            last=session.updated_at,
+            buildable=self._rebuild is not None,
+        )
+
+    def _opening(self, name: str) -> Unit:
+        """A session whose first turn runs."""
+        return Unit(self.id(name), KV, {HOST: 1}, in_use=True, rebuildable=True, buildable=False)
+
+    # Moves
+
+    def _name(self, unit: str) -> str:
+        return unit[len(self.name) + 1 :]
+
+    def copy(self, action: Action, cancelled: Callable[[], bool]) -> None:
+        name = self._name(action.unit)
+        session = self.memory.tenant.session(name)
+        if session is None:
+            raise NotFoundError(f"session {name!r}: not there")
+        if action.source is None:
+            if self._rebuild is None:
+                raise ArgumentError(f"session {name!r}: its next turn computes it")
+            self._rebuild(name)
+            return
+        if action.target == HOST:
+            identity = self.memory.identity
+            if identity.digest != session.identity:
+                raise ArgumentError(f"session {name!r}: made for another model")
+            for start in range(0, len(session.keys), _CHUNK):
+                if cancelled():
+                    return
+                self.memory.tenant.get(session.keys[start : start + _CHUNK], identity)
+        placed = self.memory.tenant.placed(session.keys)
+        with self._lock:
+            self._dirty[name] = None
+        if placed.get(action.target or HOST, (0, 0))[0] < len(session.keys):
+            raise StoreError(f"session {name!r}: {action.target} does not hold all of it")
+
+    def discard(self, unit: str, tier: str) -> None:
+        name = self._name(unit)
+        with self._lock:
+            if name in self._open:
+                raise ArgumentError(f"session {name!r}: a turn uses it")
+            self._dirty[name] = None
+        try:
+            self.memory.tenant.leave(name, tier)
+        except NotFoundError:
+            return  # it was deleted meanwhile
+
+    def archive(self, unit: str, why: str) -> None:
+        raise ArgumentError(f"unit {unit!r}: a text wanted, sessions are not archived")
