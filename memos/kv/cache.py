@@ -388,6 +388,7 @@ class MemosCache(Cache):  # type: ignore[misc]
         for i, (layer, source) in enumerate(zip(result.layers, theirs, strict=True)):
             if not isinstance(layer, DummyLayer) and source.get_seq_length():
                 layer.update(*_exact(source, i))
+                layer.composed_from = getattr(source, "composed_from", None)
         if token_ids is not None:
             result.set_tokens(token_ids)
         return result

@@ -64,6 +64,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         self.tail: Pair | None = None  # [B, H, T, D] each
         self.num_decoded = 0  # the first tokens of the tail that came out of a packed block
         self.stale: frozenset[int] = frozenset()  # blocks that were packed from such tokens
+        self.composed_from: int | None = None  # from this token on not what a prefill gives
 
     def __repr__(self) -> str:
         blocks = f"{self.num_packed} blocks + {self.tail_tokens} tokens"
@@ -185,6 +186,8 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         if length <= 0:
             self.reset()
             return
+        if self.composed_from is not None and length <= self.composed_from:
+            self.composed_from = None
         packed = self.num_packed * self.block_tokens
         if length >= packed:
             assert self.tail is not None
@@ -224,11 +227,13 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def storable_tokens(self, first: int = 0) -> int:
         """Leading tokens whose stored form is first-hand from block ``first`` on: packed once, or
-        exact in the tail. What a block cut by ``crop`` became is not: it lost twice."""
+        exact in the tail. What a block cut by ``crop`` became is not: it lost twice; nor is what
+        was composed."""
         later = [i for i in self.stale if i >= first]
         if self.num_decoded and self.num_packed >= first:
             later.append(self.num_packed)
-        return min(later) * self.block_tokens if later else self.get_seq_length()
+        length = min(later) * self.block_tokens if later else self.get_seq_length()
+        return length if self.composed_from is None else min(length, self.composed_from)
 
     def copy(self) -> MemosLayer:
         """A layer with the same tokens that shares every tensor; neither changes the other."""

@@ -130,6 +130,11 @@ class KVStore:
     ) -> None:
         self.close()
 
+    @property
+    def readonly(self) -> bool:
+        """Whether nothing can be stored."""
+        return not self._state.writable
+
     # Tenants
 
     def tenant(self, name: str = "default") -> Tenant:
