@@ -74,7 +74,7 @@ class Packed:
         parts = [
             [self.payload[start:end] for start, end in leaf.ranges] for leaf in leaves(self.layers)
         ]
-        return finish(begin_digest(self.layers), [hash_leaf(*part) for part in parts])
+        return finish(begin_digest(self.layers), [hash_leaf(part) for part in parts])
 
     def check_finite(self, where: str) -> None:
         """Raise ArgumentError naming the first tensor with a NaN or an infinity."""
@@ -164,7 +164,7 @@ def begin_digest(layers: Sequence[Layer]) -> bytes:
     return _MAGIC + struct.pack("<Q", len(text)) + text
 
 
-def hash_leaf(*pieces: NDArray[numpy.uint8]) -> bytes:
+def hash_leaf(pieces: Iterable[NDArray[numpy.uint8]]) -> bytes:
     """BLAKE3 of the bytes of a leaf."""
     hasher = blake3()
     for piece in pieces:

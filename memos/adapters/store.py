@@ -8,16 +8,14 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy
-from numpy.typing import NDArray
+from typing import Any
 
 from memos.adapters import _disk, files
 from memos.adapters.adapter import Adapter
-from memos.adapters.packed import Layer, Packed, begin_digest, finish, hash_leaf, is_dense, leaves
+from memos.adapters.packed import is_dense
+from memos.adapters.stored import PIECE_BYTES, Parts, Shape, StoredAdapter
 from memos.cube.safetensors import (
     LENGTH_BYTES,
     METADATA,
@@ -26,102 +24,12 @@ from memos.cube.safetensors import (
     parse_json,
 )
 from memos.errors import ArgumentError, NotFoundError, QuotaError, StoreError
-from memos.kernels import _native
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _LOCK = "LOCK"
-_PIECE = 1 << 20
 _BLOCK = 4096  # files take whole blocks of the disk
 _KEPT_HEADERS = 64
 _METADATA_KEY = f'"{METADATA}":'.encode()
-_KEPT_SCRATCH = 16 << 20
-
-_scratch = threading.local()
-
-
-class StoredAdapter:
-    """One stored adapter, open for reading; ``close`` it.
-
-    ``layers``, ``config`` and ``card`` are checked when it is opened, the tensors while they are
-    read.
-    """
-
-    def __init__(self, digest: str, parts: _Parts, fd: int, start: int, memory: memoryview) -> None:
-        self.digest = digest
-        self.layers, self.leaves = parts.shape.layers, parts.shape.leaves
-        self.config, self.card = parts.shape.config, parts.card
-        self.payload_bytes = parts.shape.payload_bytes
-        self._parts, self._fd, self._start, self._memory = parts, fd, start, memory
-
-    def read(self, take: Callable[[int, NDArray[numpy.uint8]], object]) -> None:
-        """Call ``take(i, bytes)`` for each leaf i, on several threads where the bytes pay for it.
-
-        The bytes are good until ``take`` returns. What came is confirmed only when this returns.
-
-        Raises:
-            StoreError: damaged.
-        """
-        path = self._parts.path / files.MODEL
-        hashes = [b""] * len(self.leaves)
-
-        def work(first: int, last: int) -> None:
-            for i in range(first, last):
-                start, end = self.leaves[i].ranges[0]
-                if self._fd < 0:
-                    take(i, numpy.frombuffer(self._memory[start:end], numpy.uint8))
-                    continue
-                data = _scratch_bytes(end - start)
-                with _disk.explained("read the adapter", path):
-                    _disk.read_exactly(self._fd, data.data, self._start + start, path)
-                hashes[i] = hash_leaf(data)
-                take(i, data)
-
-        _native.parallel(work, len(self.leaves), self.payload_bytes)
-        if self._fd >= 0 and finish(self._parts.shape.begin, hashes) != self.digest:
-            raise StoreError(
-                f"{path}: damaged: its contents are not those of digest {self.digest}; put the "
-                "adapter again, or delete it"
-            )
-
-    def packed(self) -> Packed:
-        """All of it, in memory of its own."""
-        payload = numpy.empty(self.payload_bytes, numpy.uint8)
-
-        def take(i: int, data: NDArray[numpy.uint8]) -> None:
-            start, end = self.leaves[i].ranges[0]
-            payload[start:end] = data
-
-        self.read(take)
-        return Packed(self.layers, payload, self.config, self.card)
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def __enter__(self) -> StoredAdapter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-
-class _Shape:
-    """What adapters of one config, with tensors of the same names and shapes, have in common."""
-
-    def __init__(
-        self, layers: tuple[Layer, ...], config: Mapping[str, Any], payload_bytes: int
-    ) -> None:
-        self.layers, self.config, self.payload_bytes = layers, config, payload_bytes
-        self.leaves, self.begin = leaves(layers), begin_digest(layers)
-
-
-class _Parts(NamedTuple):
-    """What stands in an adapter's files before its tensors."""
-
-    path: Path
-    shape: _Shape
-    card: Mapping[str, Any]
 
 
 class AdapterStore:
@@ -150,7 +58,7 @@ class AdapterStore:
         self.folder = None if folder is None else Path(folder)
         self.disk_bytes, self.durable = disk_bytes, durable
         self._memory: dict[str, dict[str, bytes]] = {}
-        self._shapes: OrderedDict[tuple[bytes, bytes, int], _Shape] = OrderedDict()
+        self._shapes: OrderedDict[tuple[bytes, bytes, int], Shape] = OrderedDict()
         self._lock = threading.RLock()
         self._held = False  # the lock among processes, by the holder of _lock
         if self.folder is not None:
@@ -275,11 +183,13 @@ class AdapterStore:
     def _file(self, digest: str, name: str) -> Iterator[bytes]:
         if self.folder is None:
             data = memoryview(self._memory[digest][name])
-            yield from (bytes(data[at : at + _PIECE]) for at in range(0, len(data), _PIECE))
+            yield from (
+                bytes(data[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)
+            )
             return
         path = self.folder / digest / name
         with _disk.explained("read the adapter", path), path.open("rb") as file:
-            while piece := file.read(_PIECE):
+            while piece := file.read(PIECE_BYTES):
                 yield piece
 
     def delete(self, digest: str) -> None:
@@ -382,7 +292,7 @@ class AdapterStore:
         """Why this adapter cannot be read, or None. Raises NotFoundError where there is none."""
         try:
             with self.open(digest) as stored:
-                stored.read(lambda i, data: None)
+                stored.verify()
         except StoreError as error:
             return str(error)
         return None
@@ -426,7 +336,7 @@ class AdapterStore:
 
     def _parse(
         self, path: Path, config: bytes, header: bytes, payload_bytes: int, digest: str
-    ) -> _Parts:
+    ) -> Parts:
         """Check config, header, card and seal; ArgumentError where one is wrong.
 
         Adapters of one config and the same shapes have the same bytes up to the metadata: their
@@ -441,7 +351,7 @@ class AdapterStore:
             layers, metadata = files.read_header(header, payload_bytes, found, path)
             if not is_dense(layers):
                 raise ArgumentError(f"{where}: tensors in the order of a store wanted")
-            shape = _Shape(layers, found, payload_bytes)
+            shape = Shape(layers, found, payload_bytes)
             rest = parse_json(b"{" + header[cut:], where) if cut > 0 else {}
             if rest.keys() == {METADATA}:
                 self._keep(key, shape)
@@ -457,9 +367,9 @@ class AdapterStore:
             raise ArgumentError(f"{where}: the seal of {digest} wanted, got {seal}")
         if not files.is_sealed(config, seal):
             raise ArgumentError(f"{path / files.CONFIG}: it was changed since it was stored")
-        return _Parts(path, shape, card)
+        return Parts(path, shape, card)
 
-    def _keep(self, key: tuple[bytes, bytes, int], shape: _Shape) -> None:
+    def _keep(self, key: tuple[bytes, bytes, int], shape: Shape) -> None:
         with self._lock:
             self._shapes[key] = shape
             while len(self._shapes) > _KEPT_HEADERS:
@@ -536,13 +446,3 @@ def _folder_bytes(path: Path) -> int:
         for entry in entries:
             total += _rounded(entry.stat(follow_symlinks=False).st_size)
     return total
-
-
-def _scratch_bytes(num_bytes: int) -> NDArray[numpy.uint8]:
-    """Memory of this thread, the same at each call: its pages are there and in the cache."""
-    found: NDArray[numpy.uint8] | None = getattr(_scratch, "data", None)
-    if found is None or len(found) < num_bytes:
-        found = numpy.empty(num_bytes, numpy.uint8)
-        if num_bytes <= _KEPT_SCRATCH:
-            _scratch.data = found
-    return found[:num_bytes]
