@@ -96,7 +96,8 @@ def group_of(lo, hi, KIND: tl.constexpr):
     else:
         LEVELS: tl.constexpr = 255.0 if KIND == INT8 else 15.0 if KIND == INT4 else 3.0
         zero = fp16_toward(lo + 0.0, False)  # -0 + 0 = +0
-        scale = fp16_toward((hi - fp16_number(zero)) * (1.0 / LEVELS), True)
+        extent = hi - fp16_number(zero) + 0.0
+        scale = fp16_toward(extent * (1.0 / LEVELS), True)
     step = fp16_number(scale)
     inverse = tl.where(step > 0.0, tl.div_rn(1.0, tl.where(step > 0.0, step, 1.0)), 0.0)
     return scale, zero, fp16_number(zero), inverse

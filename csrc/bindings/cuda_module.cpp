@@ -71,4 +71,11 @@ PYBIND11_MODULE(_cuda, m) {
         memos::cuda::apply_adapters(*reinterpret_cast<const memos::cuda::AdapterCall*>(call), s);
       },
       nogil);
+  m.attr("TURN_CALL_FIELDS") = memos::cuda::kTurnCallFields;
+  m.def(
+      "turn_keys",
+      [](i64 call, Stream s) {
+        memos::cuda::turn_keys(*reinterpret_cast<const memos::cuda::TurnCall*>(call), s);
+      },
+      nogil);
 }

@@ -65,29 +65,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], c
 }
 
 template <i64 kDtype>
-__device__ __forceinline__ float number(u32 bits) {
-  return kDtype == kBf16 ? bit_cast<float>(bits << 16) : from_fp16(bits & 0xffffu);
-}
-
-// 16 bits of x, rounded to the nearest even; beyond the range infinity, and NaN stays.
-template <i64 kDtype>
-__device__ __forceinline__ u32 rounded(float x) {
-  if constexpr (kDtype == kBf16) {
-    return (x == x ? bf16_rounded(x) : bit_cast<u32>(x) | 0x00400000u) >> 16;
-  } else {
-#if defined(__CUDA_ARCH__)
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-#else
-    const float size = bit_cast<float>(bit_cast<u32>(x) & 0x7fffffffu);
-    const u32 special = size == size ? 0x7c00u : 0x7e00u;
-    return (size < 65520.0f ? fp16_nearest(size) : special) | ((bit_cast<u32>(x) >> 16) & 0x8000u);
-#endif
-  }
-}
-
-template <i64 kDtype>
 __global__ void __launch_bounds__(kAdapterThreads)
     adapter_kernel(const __grid_constant__ AdapterPart part) {
   MEMOS_SHARED(shared);

@@ -61,6 +61,24 @@ constexpr i64 kAdapterCallFields = sizeof(AdapterCall) / sizeof(i64);
 // of every slot. Throws as above.
 void apply_adapters(const AdapterCall& call, Stream stream);
 
+// The keys of one layer: address, then strides in elements; the last axis is contiguous.
+struct KeyView {
+  i64 keys, row, head, token;
+};
+
+// (a, b) -> (a c - b s, b c + a s) for each pair of channels and its cosine and sine.
+struct TurnCall {
+  i64 layers;  // address of KeyView[L], in host memory
+  i64 L, B, H, T, dtype;
+  i64 half;         // so many pairs of channels turn, the first 2 * half of each head
+  i64 interleaved;  // a pair is (2i, 2i + 1), else (i, i + half)
+  i64 table;        // address of float[T][2][half] on the device: cosines, sines
+};
+constexpr i64 kTurnCallFields = sizeof(TurnCall) / sizeof(i64);
+
+// In place; one launch for up to 64 layers. Throws as above.
+void turn_keys(const TurnCall& call, Stream stream);
+
 // Throws std::runtime_error when the last launch failed.
 void check_launch(const char* what);
 

@@ -71,8 +71,7 @@ __device__ __forceinline__ Work work_of(const KvPart& part) {
   const i64 offset = part.block_ids[m] * block + w.first * token + w.head * head;
   w.numbers = in_global(base + offset * kItem<kDtype>);
   const i64 row = part.row_stride ? part.rows[0] + m * part.row_stride : part.rows[m];
-  w.packed =
-      reinterpret_cast<char*>(row) + (part.layer_offset + layer) * part.row_bytes + side.offset;
+  w.packed = in_global(row + (part.layer_offset + layer) * part.row_bytes + side.offset);
   return w;
 }
 

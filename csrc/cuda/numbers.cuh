@@ -67,6 +67,30 @@ __device__ __forceinline__ u32 to_fp16_pair(float low, float high) {
 template <i64 kDtype>
 constexpr int kItem = kDtype == kF32 ? 4 : 2;
 
+// The float of 16 bits in the low half.
+template <i64 kDtype>
+__device__ __forceinline__ float number(u32 bits) {
+  return kDtype == kBf16 ? bit_cast<float>(bits << 16) : from_fp16(bits & 0xffffu);
+}
+
+// 16 bits of x, rounded to the nearest even; beyond the range infinity, and NaN stays.
+template <i64 kDtype>
+__device__ __forceinline__ u32 rounded(float x) {
+  if constexpr (kDtype == kBf16) {
+    return (x == x ? bf16_rounded(x) : bit_cast<u32>(x) | 0x00400000u) >> 16;
+  } else {
+#if defined(__CUDA_ARCH__)
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+#else
+    const float size = bit_cast<float>(bit_cast<u32>(x) & 0x7fffffffu);
+    const u32 special = size == size ? 0x7c00u : 0x7e00u;
+    return (size < 65520.0f ? fp16_nearest(size) : special) | ((bit_cast<u32>(x) >> 16) & 0x8000u);
+#endif
+  }
+}
+
 // Memory. With kAligned every address is a multiple of its access; else numbers are read and
 // written one by one, packed bytes byte by byte.
 
@@ -124,8 +148,8 @@ __device__ __forceinline__ void store_bytes(char* p, const Words& r) {
 template <bool kAligned>
 __device__ __forceinline__ u32 load_half(const char* p) {
   if constexpr (kAligned) {
-    const auto address = reinterpret_cast<std::uintptr_t>(p);
-    const u32 word = *reinterpret_cast<const u32*>(address & ~std::uintptr_t{3});
+    const auto address = reinterpret_cast<i64>(p);
+    const u32 word = *reinterpret_cast<const u32*>(in_global(address & ~i64{3}));
     return (word >> (8 * (address & 2))) & 0xffffu;
   } else {
     return load_bytes<2>(p).w[0];

@@ -73,11 +73,19 @@ struct Rows {
   }
 };
 
+// Four blocks for each multiprocessor. Where the compiler cannot keep to the 128 registers of that,
+// three, with fewer rows on their way.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocks = 3, kRowsOnTheirWay = 2;
+#else
+constexpr int kBlocks = 4, kRowsOnTheirWay = 4;
+#endif
+
 // work(row, eight floats) for rows lane, lane + lanes, ...; several are on their way at once.
 template <bool kAligned, class From, class Work>
 __device__ __forceinline__ void over_rows(const From& from, int column, int lane, int lanes,
                                           int rows, Work work) {
-  constexpr int kRows = kAligned ? 4 : 1;
+  constexpr int kRows = kAligned ? kRowsOnTheirWay : 1;
   for (int r = lane; r < rows; r += kRows * lanes) {
     float x[kRows][8];
 #pragma unroll
@@ -277,13 +285,6 @@ __device__ __forceinline__ void clear_padding(const Work& w, const Section& sect
   for (i64 i = section.padding_at[1] + threadIdx.x; i < section.bytes; i += kThreads)
     w.packed[i] = 0;
 }
-
-// Four blocks for each multiprocessor; where the compiler cannot keep to 128 registers, three.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kBlocks = 3;
-#else
-constexpr int kBlocks = 4;
-#endif
 
 template <i64 kDtype, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kBlocks)

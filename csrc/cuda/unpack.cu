@@ -88,8 +88,11 @@ __device__ __forceinline__ void decode_tile(const KvPart& part, const Side& side
   }
 }
 
+constexpr int kBlocks = 6;  // for each multiprocessor: up to 80 registers, and none spilled
+
 template <i64 kDtype, bool kAligned>
-__global__ void __launch_bounds__(kThreads) unpack_kernel(const __grid_constant__ KvPart part) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    unpack_kernel(const __grid_constant__ KvPart part) {
   MEMOS_SHARED(shared);
   const Work w = work_of<kDtype>(part);
   const Side& side = part.side[w.value];
