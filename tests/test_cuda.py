@@ -12,7 +12,9 @@ from memos.kernels import _cuda  # noqa: E402
 
 kernels.load_all()
 
-OPS = ("gather_blocks", "write_blocks", "pack_kv", "unpack_kv", "apply_adapters_")
+OPS = (
+    "gather_blocks", "write_blocks", "pack_kv", "unpack_kv", "rotate_positions_", "apply_adapters_"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -37,6 +39,9 @@ def test_forced_it_runs_or_raises() -> None:
         kernels.pack_kv(keys, keys, ids, codec)
     with kernels.using("cuda"), pytest.raises(BackendError, match="cuda"):
         kernels.unpack_kv(keys, keys, ids, packed, codec)
+    at = torch.arange(1)
+    with kernels.using("cuda"), pytest.raises(BackendError, match="cuda"):
+        kernels.rotate_positions_([torch.zeros(1, 1, 1, 8)], at, at + 1, torch.ones(4))
 
 
 def test_tensors_of_the_cpu_are_not_taken() -> None:

@@ -30,18 +30,22 @@ BUDGETS = {
     ("unpack_kernel", "bf16"): (80, 34944, 6),
     ("copy_kernel", "16 bytes"): (40, 0, 6),
     ("transfer_kernel", "16 bytes"): (40, 0, 6),
+    ("turn_kernel", "f32"): (48, 0, 5),
+    ("turn_kernel", "f16"): (48, 0, 5),
+    ("turn_kernel", "bf16"): (48, 0, 5),
     ("adapter_kernel", "f16"): (80, 4608, 3),
     ("adapter_kernel", "bf16"): (80, 4608, 3),
 }
 # Where nvcc 13.0 wants more registers than the table has: registers, blocks.
 MORE = {("pack_kernel", "sm_100"): (168, 3)}
-THREADS = {"copy_kernel": 256, "transfer_kernel": 256, "adapter_kernel": 256}
+THREADS = {"copy_kernel": 256, "turn_kernel": 256, "transfer_kernel": 256, "adapter_kernel": 256}
 DTYPES = ("f32", "f16", "bf16")
 TENSOR_CORES = ("adapter_kernel",)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 NAME = re.compile(
-    r"\d(unpack_kernel|pack_kernel|copy_kernel|transfer_kernel|adapter_kernel)I(.+?)EEv"
+    r"\d(unpack_kernel|pack_kernel|copy_kernel|transfer_kernel|turn_kernel|adapter_kernel)"
+    r"I(.+?)EEv"
 )
 # A global load of one or two bytes, and local memory, in whatever spelling.
 NARROW_LOAD = re.compile(r"\bLD(G|GSTS)?\.E(\.\w+)*?\.[SU](8|16)\b")
@@ -78,7 +82,7 @@ def kernel_of(mangled: str) -> tuple[str, str] | None:
     if (m := NAME.search(mangled)) is None:
         return None
     numbers = re.findall(r"L[lb](\d)", m[2])
-    if m[1] in ("pack_kernel", "unpack_kernel"):
+    if m[1] in ("pack_kernel", "unpack_kernel", "turn_kernel"):
         return (m[1], DTYPES[int(numbers[0])]) if numbers[1] == "1" else None  # aligned
     if m[1] == "adapter_kernel":
         return m[1], DTYPES[int(numbers[0])]

@@ -23,7 +23,8 @@ adapters = importlib.import_module("test_adapter_ops")
 
 kernels.load_all()
 NAMES = (
-    "gather_blocks", "write_blocks", "pack_kv", "unpack_kv", "apply_adapters_", "merge_adapter"
+    "gather_blocks", "write_blocks", "pack_kv", "unpack_kv", "rotate_positions_",
+    "apply_adapters_", "merge_adapter",
 )  # fmt: skip
 CHECKS = (
     "test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"
@@ -38,6 +39,13 @@ def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> 
 def caches(seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     keys = [numbers(3, 33, 2, 40, seed=seed + i) for i in range(2)]
     return keys, [numbers(3, 33, 2, 24, seed=seed + 5 + i) for i in range(2)]
+
+
+def turning() -> tuple[Any, ...]:
+    """Keys of two layers, positions before and after, frequencies of the first 12 pairs."""
+    keys = [numbers(1, 2, 6, 32, seed=i) for i in range(2)]
+    at = torch.arange(6)
+    return keys, at, at + 1000, 10000.0 ** -(torch.arange(12) / 12)
 
 
 def adapted(T: int = 5) -> tuple[Any, ...]:
@@ -57,6 +65,7 @@ def library_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for name in ("raw", "int4", "fp8-g32-rot"):
         yield "pack_kv", (keys, values, IDS, name)
     yield "unpack_kv", (*caches(3), IDS, packed, "int4")
+    yield "rotate_positions_", (*turning(), False)
     yield "apply_adapters_", (y, x, table.rows, plan.order, plan.starts, module, table.max_rank)
     yield "merge_adapter", (numbers(9, 33), numbers(8, 33), numbers(9, 8), 0.5)
 
@@ -97,6 +106,11 @@ def unpack(keys: Any, values: Any, ids: torch.Tensor, packed: Any, codec: Codec)
     return keys[0].float().sum() + values[1].float().sum()
 
 
+def turn(keys: Any, old: torch.Tensor, new: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
+    kernels.rotate_positions_(keys, old, new + 1, inv_freq)
+    return keys[0].float().sum() + keys[1].float().sum()
+
+
 def apply(y: Any, x: Any, table: AdapterTable, module: int, plan: Any) -> torch.Tensor:
     y = y + 1
     kernels.apply_adapters_(y, x * 2, table, module, plan)
@@ -115,6 +129,7 @@ def compiled_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]
     yield "write_blocks", write, (numbers(3, 40), IDS, numbers(2, 40, seed=1))
     yield "pack_kv", pack, (keys, values, IDS, int4)
     yield "unpack_kv", unpack, (*caches(3), IDS, packed, int4)
+    yield "rotate_positions_", turn, turning()
     yield "apply_adapters_", apply, adapted()
     yield "merge_adapter", merge, (numbers(9, 33), numbers(8, 33), numbers(9, 8), 0.5)
 

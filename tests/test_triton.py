@@ -217,7 +217,7 @@ BUDGETS: dict[str, tuple[Callable[[], dict[str, Any]], int, int, tuple[str, ...]
     "unpack int4 bf16": (lambda: kv_spec("int4", "bf16", False), 128, 16384, WIDE),
     "unpack int4 fp32": (lambda: kv_spec("int4", "fp32", False), 112, 8192, WIDE),
     "unpack fp8 fp16": (lambda: kv_spec("fp8", "fp16", False), 128, 16384, WIDE),
-    "apply bf16": (lambda: apply_spec("_apply_kernel", "bf16", 16), 128, 36864, STAGED),
+    "apply bf16": (lambda: apply_spec("_apply_kernel", "bf16", 16), 144, 32768, STAGED),
     "apply fp16": (lambda: apply_spec("_apply_kernel", "fp16", 16), 104, 32768, STAGED),
     "apply fp32": (lambda: apply_spec("_apply_kernel", "fp32", 16), 96, 16384, WIDE),
     "shrink bf16": (lambda: apply_spec("_shrink_kernel", "bf16", 64), 152, 40960, STAGED),

@@ -34,8 +34,8 @@ table_of_ops = importlib.import_module("test_ops")
 kernels.load_all()
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON = ("gather_blocks", "write_blocks", "pack_kv", "unpack_kv", "plan_adapters",
-          "apply_adapters_", "merge_adapter")  # fmt: skip
+TRITON = ("gather_blocks", "write_blocks", "pack_kv", "unpack_kv", "rotate_positions_",
+          "plan_adapters", "apply_adapters_", "merge_adapter")  # fmt: skip
 CPU = "cpu" if _native.missing() is None else "reference"
 
 
@@ -193,6 +193,36 @@ def test_nothing_outside_the_blocks_is_written() -> None:
             assert (g[:, 0] == 7).all()
             assert (g[:, 34] == 7).all()
             assert (g[:, :, 2] == 7).all()
+
+
+def test_zeros_of_both_signs_make_one_scale() -> None:
+    """A group of minus zeros alone has scale +0, as on the CPU."""
+    zeros = torch.zeros(1, 40, 1, 64, dtype=torch.float16)
+    zeros.view(-1)[::3] = -0.0
+    zeros[..., 5:9] = -0.0
+    zeros[:, 7:9] = -0.0
+    for codec in ("int4-g64", "int8-g32-rot", "fp8-g32"):
+        assert_same("pack_kv", ([zeros], [zeros], torch.tensor([0]), Codec.parse(codec)), codec)
+
+
+# Positions
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_are_turned_as_on_the_cpu(dtype: torch.dtype) -> None:
+    """Both pairings, part of the channels, odd sizes, strides of a cache, heads apart."""
+    g = torch.Generator().manual_seed(5)
+    for L, B, H, T, D, half, neighbours in (
+        (2, 1, 2, 37, 64, 32, False), (1, 2, 1, 5, 80, 40, True), (2, 1, 1, 1, 24, 5, False),
+        (1, 1, 3, 9, 16, 3, True), (3, 1, 1, 70, 8, 4, False), (1, 1, 1, 0, 8, 4, False),
+    ):  # fmt: skip
+        wide = [numbers(B, T, H + 1, D + 8, dtype=dtype, seed=i) for i in range(L)]
+        keys = [x.transpose(1, 2)[:, :H, :, :D] for x in wide]
+        old = torch.randint(0, 1 << 20, (T,), generator=g)
+        new = torch.randint(0, 1 << 20, (T,), generator=g)
+        inv_freq = 10000.0 ** -(torch.arange(half) / max(half, 1))
+        label = f"{L, B, H, T, D, half, neighbours}, {dtype}"
+        assert_same("rotate_positions_", (keys, old, new, inv_freq, neighbours), label)
 
 
 # Adapters

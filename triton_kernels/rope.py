@@ -1,8 +1,7 @@
-"""Keys turned on to other positions on a GPU: all layers, rows and heads of a call in one launch."""
+"""Keys turned on to other positions on a GPU: all layers and heads of a call in one launch."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -71,20 +70,20 @@ def sizes_of(T: int, half: int) -> tuple[int, int]:
 def rotate_positions_(
     keys: Sequence[torch.Tensor],
     table: torch.Tensor,
-    layers: array[int],
+    half: int,
     aligned: bool,
     interleaved: bool,
 ) -> None:
     """The contract is the op's, ``memos.kernels.rotate_positions_``; one launch.
 
     Args:
-        table:   float32 on the device: L rows of 4 int64 as ``layers`` has them, bit for bit, then
-            [T, 2, half] cosines and sines.
-        aligned: whether ``layers`` holds multiples of 16 bytes, and a half too.
+        table:   float32 on the device: the bits of [L, 4] int64, address and row, head and token
+            stride of each layer, then [T, 2, half] cosines and sines.
+        half:    pairs of channels that turn.
+        aligned: whether addresses, strides and a half are multiples of 16 bytes.
     """
     B, H, T, _ = keys[0].shape
     L = len(keys)
-    half = (table.numel() - 8 * L) // (2 * T)
     C, tokens = sizes_of(T, half)
     programs = L * B * H * triton.cdiv(T, tokens)
     assert programs <= _MAX_PROGRAMS

@@ -42,9 +42,9 @@ __device__ __forceinline__ void read_numbers(const char* p, float (&x)[kCount]) 
   const Words r = load_words<kCount * kItem<kDtype> / 4>(p);
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
-    x[i] = kDtype == kF32 ? bit_cast<float>(r.w[i])
-                          : number<kDtype == kF32 ? kBf16 : kDtype>(r.w[i / 2] >> (16 * (i % 2)) &
-                                                                    0xffffu);
+    x[i] = kDtype == kF32
+               ? bit_cast<float>(r.w[i])
+               : number<kDtype == kF32 ? kBf16 : kDtype>(r.w[i / 2] >> (16 * (i % 2)) & 0xffffu);
 }
 
 template <i64 kDtype, int kCount>
@@ -68,8 +68,7 @@ __device__ __forceinline__ void turn(float& a, float& b, float c, float s) {
 
 // A thread turns one piece of one token of one head: kPairs pairs (16 bytes of each half), or one.
 template <i64 kDtype, bool kWide>
-__global__ void __launch_bounds__(kTurnThreads)
-    turn_kernel(const __grid_constant__ TurnPart part) {
+__global__ void __launch_bounds__(kTurnThreads) turn_kernel(const __grid_constant__ TurnPart part) {
   constexpr int kItemBytes = kItem<kDtype>, kPairs = kWide ? 16 / kItemBytes : 1;
   const unsigned task = blockIdx.x / part.blocks;
   const int place = (blockIdx.x % part.blocks) * kTurnThreads + threadIdx.x;
@@ -77,8 +76,8 @@ __global__ void __launch_bounds__(kTurnThreads)
   if (t >= part.T) return;
   const unsigned head = task % part.H, row = task / part.H % part.B;
   const KeyView& view = part.layers[task / part.H / part.B];
-  char* token = in_global(view.keys +
-                          (row * view.row + head * view.head + t * view.token) * kItemBytes);
+  char* token =
+      in_global(view.keys + (row * view.row + head * view.head + t * view.token) * kItemBytes);
   const float* angle = part.table + static_cast<i64>(t) * 2 * part.half + i;
   if constexpr (!kWide) {
     char* a_at = token + (part.interleaved ? 2 * i : i) * kItemBytes;

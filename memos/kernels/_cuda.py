@@ -32,7 +32,8 @@ _MAX_HEAD_DIM = 1024  # csrc/codec/layout.h
 # wrong for a long prompt.
 _MAX_ADAPTER_TOKENS = 256
 _MIN_CAPABILITY = 80
-_HALF = {torch.float16: 1, torch.bfloat16: 2}  # csrc/codec/layout.h
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/codec/layout.h
+_HALF = {torch.float16: 1, torch.bfloat16: 2}
 
 
 @functools.lru_cache(maxsize=1)
@@ -194,6 +195,56 @@ def register_kv(
         call, tables = call_of(keys, values, block_ids, _row_addresses(packed), codec)
         _launch(core().unpack_kv, keys[0].device, call.buffer_info()[0])
         del tables
+
+
+# Positions
+
+TurnTable = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def key_views(keys: Caches) -> array[int]:
+    """KeyView of each layer (csrc/cuda/kernels.h): address and strides of [B, H, T, D]."""
+    views = array("q")
+    for key in keys:
+        views.extend([key.data_ptr(), *key.stride()[:3]])
+    return views
+
+
+def register_rope(
+    rotate_positions_: Op[[Caches, torch.Tensor, torch.Tensor, torch.Tensor, bool], None],
+    turn_table: TurnTable,
+) -> None:
+    """Attach the kernel to the op of ``memos.kernels.rope``.
+
+    The angles are computed on the host in float64, by ``turn_table``, as every backend has them:
+    positions that are there already cost no wait for the device.
+    """
+
+    def takes(keys: Caches, *rest: object, **more: object) -> bool:
+        return all(key.is_cuda and key.device == keys[0].device for key in keys)
+
+    @rotate_positions_.backend("cuda", accepts=takes, missing=missing)
+    def _rotate_cuda(
+        keys: Caches,
+        old: torch.Tensor,
+        new: torch.Tensor,
+        inv_freq: torch.Tensor,
+        interleaved: bool = False,
+    ) -> None:
+        _require(takes(keys), "rotate_positions_", "keys of one CUDA device")
+        B, H, T, _ = keys[0].shape
+        if not B * H * T * len(inv_freq):
+            return
+        table = sent(turn_table(old, new, inv_freq), keys[0].device)
+        views = key_views(keys)
+        call = array("q", [views.buffer_info()[0], len(keys), B, H, T, DTYPES[keys[0].dtype]])
+        call.extend([len(inv_freq), int(interleaved), table.data_ptr()])
+        _launch(core().turn_keys, keys[0].device, call.buffer_info()[0])
+
+
+def sent(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, queued on its current stream, without a wait."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 # Adapters

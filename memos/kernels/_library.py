@@ -109,6 +109,31 @@ def register_kv(
     pack_kv.in_graph, unpack_kv.in_graph = pack_in_graph, unpack_in_graph
 
 
+def register_rope(
+    rotate_positions_: Op[[Caches, torch.Tensor, torch.Tensor, torch.Tensor, bool], None],
+) -> None:
+    """Define the op of ``memos.kernels.rope``."""
+    rotate = _register(
+        rotate_positions_,
+        "(Tensor(a!)[] keys, Tensor old, Tensor new, Tensor inv_freq, bool interleaved) -> ()",
+        lambda keys, old, new, inv_freq, interleaved: rotate_positions_(
+            keys, old, new, inv_freq, interleaved
+        ),
+        _nothing,
+    )
+
+    def rotate_in_graph(
+        keys: Caches,
+        old: torch.Tensor,
+        new: torch.Tensor,
+        inv_freq: torch.Tensor,
+        interleaved: bool = False,
+    ) -> None:
+        rotate(list(keys), old, new, inv_freq, interleaved)
+
+    rotate_positions_.in_graph = rotate_in_graph
+
+
 def register_adapters(
     apply_adapters_: Op[[torch.Tensor, torch.Tensor, AdapterTable, int, AdapterPlan], None],
     merge_adapter: Op[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor],

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from memos.errors import ArgumentError, BackendError
+from memos.kernels import _cuda
 
 if TYPE_CHECKING:
     from memos.kernels._op import Op
@@ -131,6 +132,36 @@ def register_kv(
         check(keys, values, block_ids=block_ids, packed=first)
         places = packed if isinstance(packed, torch.Tensor) else packed.addresses
         kernels("kv").unpack_kv(keys, values, block_ids, places, codec)
+
+
+def register_rope(
+    rotate_positions_: Op[[Caches, torch.Tensor, torch.Tensor, torch.Tensor, bool], None],
+    turn_table: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """Attach the Triton kernel to the op of ``memos.kernels.rope``; angles come from the host."""
+
+    @rotate_positions_.backend("triton", accepts=lambda keys, *_, **__: takes(keys[0]),
+                               missing=missing)  # fmt: skip
+    def _rotate_triton(
+        keys: Caches,
+        old: torch.Tensor,
+        new: torch.Tensor,
+        inv_freq: torch.Tensor,
+        interleaved: bool = False,
+    ) -> None:
+        run = kernels("rope").rotate_positions_
+        B, H, T, _ = keys[0].shape
+        half, item = len(inv_freq), keys[0].element_size()
+        if not B * H * T * half:
+            return
+        views = _cuda.key_views(keys)
+        places = half * item
+        for i, number in enumerate(views):
+            places |= number if i % 4 == 0 else number * item
+        # Addresses and angles in one copy.
+        rows = torch.frombuffer(views, dtype=torch.int64).view(torch.float32)
+        table = torch.cat([rows, turn_table(old, new, inv_freq).view(-1)])
+        run(keys, _cuda.sent(table, keys[0].device), half, places % 16 == 0, interleaved)
 
 
 def register_adapters(

@@ -61,6 +61,11 @@ class PackedRows(Sequence[torch.Tensor]):
         """Where each row begins. Valid while this object lives."""
         return self._addresses
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the rows are; None while there is none."""
+        return self._owners[0].device if self._owners else None
+
     def __len__(self) -> int:
         return len(self._owners)
 

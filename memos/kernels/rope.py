@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from memos.errors import ArgumentError
-from memos.kernels import _native
+from memos.kernels import _cuda, _library, _native, _triton
 from memos.kernels._dims import Dims, contiguous
 from memos.kernels._op import op
 from memos.kernels.kv import DTYPES
@@ -133,3 +133,8 @@ def _rotate_cpu(
         tasks,
         _PER_TOKEN_BYTES * size,
     )
+
+
+_cuda.register_rope(rotate_positions_, turn_table)
+_triton.register_rope(rotate_positions_, turn_table)
+_library.register_rope(rotate_positions_)

@@ -182,6 +182,37 @@ void fuzz_transfers(Random& random) {
   for (auto& plane : planes) plane->check_guards();
 }
 
+void fuzz_turns(Random& random) {
+  const i64 dtype = random.between(kF32, kBf16), item = item_bytes(dtype);
+  const i64 L = random.one_in(10) ? random.between(60, 70) : random.between(1, 3);
+  const i64 B = random.between(1, 2), H = random.between(1, 2);
+  const i64 T = L > 3 ? random.between(0, 2) : random.between(0, 40);
+  const i64 half = random.one_in(2) ? random.pick<i64>({8, 16, 32, 64}) : random.between(1, 40);
+  const i64 D = random.one_in(2) ? 2 * half : 2 * half + random.between(1, 16);
+  const i64 token = random.one_in(2) ? H * D : D + random.between(0, 9);
+  const i64 head = token == H * D ? D : T * token, row = H * T * token;
+  Buffer table(T * 2 * half * 4, 0);
+  fill(random, table, kF32, false);
+  Buffers keys;
+  for (i64 l = 0; l < L; ++l) {
+    const i64 size = B * H * T ? (B - 1) * row + (H - 1) * head + (T - 1) * token + D : 0;
+    keys.push_back(std::make_unique<Buffer>(size * item, random.one_in(3) ? item : 0));
+    fill(random, *keys.back(), dtype, false);
+  }
+  std::vector<memos::cuda::KeyView> views;
+  for (const auto& key : keys) views.push_back({key->address(), row, head, token});
+  const i64 layers = reinterpret_cast<i64>(views.data()), interleaved = random.between(0, 1);
+  const auto before = bytes_of(keys);
+  const memos::cpu::TurnCall on_cpu{layers, B, H, T, dtype, half, interleaved, table.address()};
+  kBaseline.turn_keys(on_cpu, 0, L * B * H);
+  const auto wanted = bytes_of(keys);
+  for (i64 l = 0; l < L; ++l) std::copy(before[l].begin(), before[l].end(), keys[l]->data());
+  cuda::turn_keys({layers, L, B, H, T, dtype, half, interleaved, table.address()}, 0);
+  require(bytes_of(keys) == wanted, "turn_keys differs from the CPU's");
+  table.check_guards();
+  for (auto& key : keys) key->check_guards();
+}
+
 float number_at(const char* p, i64 dtype) {
   std::uint16_t u;
   std::memcpy(&u, p, 2);
@@ -299,6 +330,8 @@ int main(int argc, char** argv) {
       fuzz_rows(random);
     else if (random.one_in(6))
       fuzz_transfers(random);
+    else if (random.one_in(6))
+      fuzz_turns(random);
     else if (random.one_in(6))
       fuzz_adapters(random);
     else
