@@ -13,6 +13,8 @@ from transformers.cache_utils import CacheLayerMixin
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec, check_head_dim
 from memos.kernels.kv import DTYPES, PackedRows, pack_kv, unpack_kv
+from memos.kv._lanes import stacked
+from memos.kv.device import home_of
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -32,7 +34,8 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Ownership: packed blocks, sinks and tail are never changed in place, so copies, rows and beams
     share them. ``update`` returns tensors that this layer does not change later. Packed blocks
-    live on the host. Inference only: no gradient flows into what is packed. Not thread-safe.
+    live where they are packed: beside the model where a GPU backend runs, else on the host
+    (``home_of``). Inference only: no gradient flows into what is packed. Not thread-safe.
 
     Cost: ``update`` decodes every visible block once: it reads their packed bytes and writes
     the K and V that attention reads, nothing else.
@@ -156,11 +159,12 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.dense()[1] if self.is_initialized else None
 
     def offload(self) -> None:
-        """Move the exact parts to the host; packed blocks live there anyway."""
+        """Move everything to the host."""
         self._map_exact(lambda x: x.to("cpu"))
+        self._settle(torch.device("cpu"))
 
     def prefetch(self) -> None:
-        """Move the exact parts back to the device."""
+        """Move the exact parts back to the device; packed blocks follow when they are read."""
         if self.is_initialized:
             self._map_exact(lambda x: x.to(self.device))
 
@@ -243,7 +247,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         return other
 
     def load(self, blocks: PackedRows, sinks: Pair | None, tail: Pair) -> None:
-        """Become one row of packed blocks (uint8 [1, E] on the host), exact sinks and a tail.
+        """Become one row of packed blocks (uint8 [1, E], on any device), exact sinks and a tail.
 
         Args:
             blocks: whole blocks from the first token on, as ``pack_kv`` wrote them.
@@ -287,10 +291,14 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         last = self.num_packed if last is None else last
         P, H = self.block_tokens, self.tail[0].shape[1]
         T = (last - first) * P
-        on_host = _is_host(self.device)
+        home = home_of(self.device)
+        self._settle(home)
+        stays = home == self.device
         host = tuple(
             torch.empty(
-                (self.batch_size, H, T + (room if on_host else 0), x.shape[3]), dtype=self.dtype
+                (self.batch_size, H, T + (room if stays else 0), x.shape[3]),
+                dtype=self.dtype,
+                device=home,
             )
             for x in self.tail
         )
@@ -299,11 +307,12 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         ids = torch.arange(0, T, P)
         if self.batch_size > 1:
             ids = (torch.arange(self.batch_size)[:, None] * (H * S) + ids).flatten()
+        ids = ids.to(home)
         unpack_kv([_windows(host[0], P)], [_windows(host[1], P)], ids, rows, self.codec)
         if first == 0 and self.sinks is not None:
             for out, sink in zip(host, self.sinks, strict=True):
                 out[:, :, : self.sink_tokens] = sink
-        if on_host:
+        if stays:
             return host[0], host[1]
         shapes = [(*x.shape[:2], T + room, x.shape[3]) for x in host]
         key, value = (torch.empty(s, dtype=self.dtype, device=self.device) for s in shapes)
@@ -321,6 +330,7 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             key, value = _until(old, self.sink_tokens)
             self.sinks = (key.clone(), value.clone())
         packed = encode_blocks([*old[0]], [*old[1]], P, self.codec)
+        self._settle(packed.device)
         for b, row in enumerate(self.blocks):
             row.extend(packed[i, b : b + 1] for i in range(n))
         key, value = _from(self.tail, n * P)
@@ -337,6 +347,12 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         self._map_exact(lambda x: x.index_select(0, index))
         self.batch_size = len(rows)
 
+    def _settle(self, home: torch.device) -> None:
+        """Have the packed blocks there."""
+        for b, rows in enumerate(self.blocks):
+            if rows.device not in (None, home):
+                self.blocks[b] = PackedRows(stacked(rows, home).unbind(0))
+
     def _map_exact(self, change: Any) -> None:
         if self.tail is not None:
             self.tail = (change(self.tail[0]), change(self.tail[1]))
@@ -350,24 +366,19 @@ def encode_blocks(
     """Pack whole blocks: ``out[n, l] = pack_kv`` of tokens [n * P, (n + 1) * P) of tensor l.
 
     Args:
-        keys, values: L tensors [H, N * P, D] on any device; copied unless the last stride is 1.
+        keys, values: L tensors [H, N * P, D] of one device; copied unless the last stride is 1.
 
     Returns:
-        [N, L, E] uint8 on the host.
+        [N, L, E] uint8 at home (``home_of``).
     """
-    n = keys[0].shape[1] // P
-    return pack_kv(
-        [_blocks(x, n, P) for x in keys], [_blocks(x, n, P) for x in values], torch.arange(n), codec
-    )
+    n, home = keys[0].shape[1] // P, home_of(keys[0].device)
+    K, V = ([_blocks(x, n, P, home) for x in part] for part in (keys, values))
+    return pack_kv(K, V, torch.arange(n, device=home), codec)
 
 
-def _is_host(device: torch.device) -> bool:
-    return device.type == "cpu"
-
-
-def _blocks(x: torch.Tensor, n: int, P: int) -> torch.Tensor:
-    """[H, n * P, D] seen as [n, P, H, D] on the host."""
-    x = x.detach().cpu()
+def _blocks(x: torch.Tensor, n: int, P: int, home: torch.device) -> torch.Tensor:
+    """[H, n * P, D] seen as [n, P, H, D] on a device."""
+    x = x.detach().to(home)
     if x.stride(2) != 1:
         x = x.contiguous()
     H, _, D = x.shape

@@ -15,7 +15,9 @@ import torch
 
 from memos.errors import ArgumentError
 from memos.kernels.kv import PackedRows
+from memos.kv._lanes import stacked
 from memos.kv.cache import MemosCache
+from memos.kv.device import home_of
 from memos.kv.identity import KVIdentity
 from memos.kv.layer import MemosLayer, Pair, encode_blocks
 
@@ -31,16 +33,21 @@ def load_cache(
 ) -> None:
     """Fill an empty cache with stored blocks and a stored tail.
 
-    Blocks are not copied: the cache reads the payloads' memory, which must never change.
+    On the host blocks are not copied: the cache reads the payloads' memory, which must never
+    change. To a GPU all blocks and layers go in one copy.
 
     Args:
         cache:    made for this identity, with ``window_history``.
         payloads: of blocks 0, 1, ...; tail: of the tokens behind them, or None.
-        device:   of the model. Packed blocks stay on the host.
+        device:   of the model.
     """
     layers = cache.stored_layers
     L, block_bytes = len(layers), identity.block_bytes()
-    blocks = PackedRows.split_layers([_shared(p, block_bytes).view(L, -1) for p in payloads], L)
+    packed = [_shared(p, block_bytes).view(L, -1) for p in payloads]
+    home = home_of(torch.device(device))
+    if packed and home.type != "cpu":
+        packed = list(stacked(packed, home))
+    blocks = PackedRows.split_layers(packed, L)
     sinks: Sequence[Pair | None] = [None] * L
     if payloads and identity.sink_bytes():
         sinks = _exact(payloads[0][block_bytes:], identity, device)
@@ -58,11 +65,11 @@ def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]
     layers = cache.stored_layers
     parts: list[list[torch.Tensor]] = [[] for _ in layers]  # [L][last - first], [1, E] each
     whole: dict[int, torch.Tensor] = {}  # blocks that came out of pack_kv with all layers
-    kinds: dict[int, list[int]] = {}
+    kinds: dict[tuple[int, torch.device], list[int]] = {}
     for i, layer in enumerate(layers):
-        parts[i] += list(layer.blocks[0][first:last])
-        kinds.setdefault(layer.num_packed, []).append(i)
-    for num_packed, members in kinds.items():
+        parts[i] += _on_host(layer.blocks[0][first:last])
+        kinds.setdefault((layer.num_packed, layer.device), []).append(i)
+    for (num_packed, _), members in kinds.items():
         start = max(first, num_packed)
         if start >= last:
             continue
@@ -71,6 +78,8 @@ def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]
         tails = [layers[i].tail for i in members]
         keys, values = ([t[j][0, :, span] for t in tails] for j in (0, 1))
         packed = encode_blocks(keys, values, P, cache.codec)
+        if packed.device.type != "cpu":
+            (packed,) = stacked([packed], torch.device("cpu"))
         for j, i in enumerate(members):
             parts[i].extend(packed[:, j : j + 1].unbind(0))
         if len(members) == len(layers):
@@ -123,6 +132,13 @@ def dims_of(layer: MemosLayer) -> list[object]:
     return [key.shape[1], key.shape[3], value.shape[3], key.dtype]
 
 
+def _on_host(rows: PackedRows) -> list[torch.Tensor]:
+    """The rows, in one copy where they are on a device."""
+    if rows.device not in (None, torch.device("cpu")):
+        return list(stacked(rows, torch.device("cpu")))
+    return list(rows)
+
+
 def _sinks(layer: MemosLayer) -> Pair:
     pair = layer.sinks or layer.tail
     assert pair is not None
@@ -140,7 +156,9 @@ def _exact(
         if data
         else torch.empty(0, dtype=torch.uint8)
     )
-    rows = whole.view(_DTYPES[identity.dtype]).to(device).view(L, -1)
+    if data and torch.device(device).type == "cuda":
+        whole = whole.pin_memory()
+    rows = whole.view(_DTYPES[identity.dtype]).to(device, non_blocking=True).view(L, -1)
     n = rows.shape[1] // (H * (Dk + Dv))
     split = H * n * Dk
     return [(row[:split].view(1, H, n, Dk), row[split:].view(1, H, n, Dv)) for row in rows]
