@@ -18,40 +18,55 @@ assert spec.loader is not None
 gpu = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = gpu
 spec.loader.exec_module(gpu)
+checks, times = sys.modules["gpu_checks"], sys.modules["gpu_times"]
 
 
 def test_arguments() -> None:
-    found = gpu.parse(["--no-build", "--only", "pack", "--repeats", "3"])
-    assert (found.no_build, found.only, found.repeats, found.check) == (True, "pack", 3, False)
+    found = gpu.parse(["--no-build", "--only", "kv,pool", "--repeats", "3"])
+    assert (found.no_build, found.only, found.repeats, found.stage) == (True, "kv,pool", 3, "")
     assert found.out == gpu.RESULTS
     with pytest.raises(SystemExit):
         gpu.parse(["--repeats", "0"])
+    with pytest.raises(SystemExit):
+        gpu.parse(["--only", "none such"])
 
 
 def test_cases_cover_every_kind_of_scheme() -> None:
-    cases = list(gpu.check_cases(False))
+    cases = list(checks.check_cases(False))
     schemes = {s for codec, *_ in cases for s in (Codec.parse(codec).key, Codec.parse(codec).value)}
     assert {s.kind for s in schemes} == {"raw", "int8", "int4", "int2", "fp8"}
     assert {s.rotate for s in schemes} == {True, False}
     assert {s.group for s in schemes} >= {32, 64}
     assert {dtype for *_, dtype, _ in cases} == {"float32", "float16", "bfloat16"}
-    small = list(gpu.check_cases(True))
+    small = list(checks.check_cases(True))
     assert 0 < len(small) < len(cases)
     assert all(case in cases for case in small)
-    assert all(Codec.parse(name) for name in gpu.CODECS)
+    assert all(Codec.parse(name) for name in times.CODECS)
 
 
 def test_table() -> None:
     rows = [
-        gpu.Row("unpack_kv", "int4", "triton", 20.0, 2000.0, 0.5, "copy"),
-        gpu.Row("unpack_kv", "int4", "cuda", 10.0, 4000.0, 0.97, "copy"),
-        gpu.Row("apply_adapters_", "T 64", "cuda", 4.25),
+        times.Row("unpack_kv", "int4", "triton", 20.0, 2000.0, 0.5, "copy"),
+        times.Row("unpack_kv", "int4", "cuda", 10.0, 4000.0, 0.97, "copy"),
+        times.Row("apply_adapters_", "T 64", "cuda", 4.25),
     ]
-    lines = gpu.table(rows).splitlines()
+    lines = times.table(rows).splitlines()
     assert lines[0].split() == ["op", "case", "backend", "us", "GB/s", "share"]
     assert lines[1].split() == ["apply_adapters_", "T", "64", "cuda", "4.2"]
     assert lines[2].endswith("97 % of copy")
     assert lines[3].endswith("50 % of copy")
+
+
+@pytest.mark.parametrize("name", ["rates", "pool"])
+def test_a_stage_that_fails_says_so_and_nothing_more(name: str) -> None:
+    """Each is a process of its own: what it said before is kept, and why it ended."""
+    if gpu.why_not() is None:
+        pytest.skip("a GPU is here")
+    (line,) = gpu.told(name, gpu.parse([]), {"copy": 1.0, "link out": 1.0}, 120)
+    assert set(line) == {"failed"}
+    assert "Error" in line["failed"]
+    (line,) = gpu.told(name, gpu.parse([]), {}, 0.01)
+    assert "no end after" in line["failed"]
 
 
 def test_without_a_gpu_it_says_so_in_one_line(tmp_path: Path) -> None:
