@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from memos.cube import Hit, MemCube
 from memos.errors import ArgumentError, NotFoundError
+from memos.facade.activation import Activation
 from memos.facade.files import Files
 from memos.facade.finding import Finding
 from memos.facade.history import Histories
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 
-class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding):
+class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding, Activation):
     """The memory operating system: memories under one roof, with the same verbs.
 
     Thread-safe. Several processes may open one folder; writers take turns.
@@ -355,6 +356,11 @@ class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding):
         filters: Mapping[str, Any] | None = None,
         count_tokens: Callable[[str], int] | None = None,
         include_archived: bool = False,
+        as_kv: bool = False,
+        kv: str | None = None,
+        system: str | None = None,
+        share: float | None = None,
+        max_kl: float | None = None,
     ) -> Context:
         """What a prompt should carry for this query: texts in order, each with its citation.
 
@@ -364,10 +370,15 @@ class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding):
             limit:         hits to choose from.
             count_tokens:  of a text; default: a quarter of its characters.
             include_archived: also archived cubes; those that the context carries come back.
+            as_kv:         as one KV cache, with system prompt and query, for
+                ``model.generate(**context.inputs)``: memories that are activated cost no prefill,
+                the others are prefilled and activated.
+            kv, system:    see ``activate``.
+            share, max_kl: how much is computed anew, see ``KVCacheMemory.compose``.
 
         Returns:
             A Context: ``str(context)`` is the text, ``context.citations`` says where each part
-            came from.
+            came from. With ``as_kv`` a KVContext.
         """
         from memos.retrieval import synthesise
 
@@ -376,6 +387,8 @@ class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding):
         self._carry(context.hits)
         self._report_uses(context.hits)
         self._associate(context.hits)
+        if as_kv:
+            return self._with_kv(context, kv, system, share, max_kl)
         return context
 
     def explain(self, result: Any) -> Explanation:

@@ -216,15 +216,16 @@ def test_the_cases_are_all_verbs_there_are() -> None:
 
 # What a view does not have: everything public that is neither a verb nor plain data.
 CLOSED = {
-    MOS: "add_member as_principal audit change_master_key change_memory_key close grants groups "
-    "jobs memories pipeline register_memory remove_member reseal",
+    MOS: "activate add_member as_principal audit change_master_key change_memory_key close "
+    "deactivate grants groups jobs memories pipeline register_memory remove_member reseal",
     GeneralTextMemory: "bind close config in_prompts in_use left lookup now purged records "
     "restored scope table wake",
     TreeTextMemory: "relatives_of",
     GraphMemory: "pending synchronise",
     VectorMemory: "",
     ParametricMemory: "attach check detach files fits sweep",
-    KVCacheMemory: "clear close identity list_of shows_any tenant text_of",
+    KVCacheMemory: "activate activated calibrate clear clear_pieces close compose curve deactivate "
+    "identity is_activated list_of shows_any tenant text text_of tokenizer tokens_of",
 }
 
 

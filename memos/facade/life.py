@@ -115,7 +115,9 @@ class Lives:
         ids = None if id is None else [id]
         if not isinstance(found, DeclarativeMemory):
             return purge_sessions(found, ids)
-        return purge(found, ids)
+        purged = purge(found, ids)
+        self._drop_activated()
+        return purged
 
     def sweep(
         self: Any,

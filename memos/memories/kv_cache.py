@@ -392,8 +392,9 @@ class KVCacheMemory(KVInside, KVPieces):
         return [session.id for session in found]
 
     def clear(self) -> int:
-        """Remove every session and every block of the tenant; returns how many blocks."""
-        return self._tenant.clear()
+        """Remove every session, all that is activated and every block of the tenant; returns how
+        many blocks."""
+        return self._tenant.clear() + self.clear_pieces()
 
     def pin(self, memory_id: str, pinned: bool = True) -> None:
         """While a session is pinned its blocks are never evicted. Raises NotFoundError."""

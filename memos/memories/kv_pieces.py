@@ -198,6 +198,16 @@ class KVPieces:
             return None
         return Curve(tuple((share, kl) for share, kl in kept.metadata[_CURVE]))
 
+    @property
+    def tokenizer(self) -> Any:
+        """What makes tokens of texts; None where it was not given."""
+        return self._tokenizer
+
+    def clear_pieces(self) -> int:
+        """Remove all that is activated; returns how many blocks."""
+        tenant = self._pieces_tenant()
+        return 0 if tenant is None else tenant.clear()
+
     def text(self, memory: Any) -> Text:
         """A cube, a text or token ids as tokens."""
         if isinstance(memory, Text):
