@@ -8,6 +8,12 @@ while it runs, from nothing. "memos, int4" holds blocks in the same bytes and co
 before it drops them, to a share of their bytes; packed is the share of its hits on such blocks.
 "clairvoyant" knows when each block is wanted next.
 
+Rows with ttft are of 60 users who talk to SmolLM2-135M in int4 (benchmarks/conversations.py), whose
+popularity is Zipf's: seconds to the first token, begin included. "resident" holds every cache in
+memory, "none" computes each prompt whole; "lru" has a quarter of the bytes that all caches need and
+drops what does not fit, "lru, disk" reads it from disk again; "memos" is a MOS with that host
+budget, whose scheduler works meanwhile. peak_bytes: of caches in memory.
+
 Rows with a shape are of made-up workloads (memos.scheduler.workload): hit rates averaged over three
 seeds, and what "memos" has above the best of the others where that is least.
 """
@@ -77,7 +83,7 @@ def test_trace(benchmark: Any, policy: str, share: float) -> None:
         benchmark.extra_info["packed"] = round(found.packed_hits / max(found.hits, 1), 4)
 
 
-@pytest.mark.parametrize("share", (0.02, 0.1))
+@pytest.mark.parametrize("share", [0.02, 0.1])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes(benchmark: Any, shape: str, share: float) -> None:
     traces = [synthetic(shape, 4000, seed) for seed in range(3)]
@@ -143,4 +149,45 @@ def test_plan(benchmark: Any) -> None:
     actions = benchmark.pedantic(run, rounds=3)
     benchmark.extra_info.update(
         policy="plan", units=len(state), actions=len(actions), plan_s=round(min(times), 3)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def talked() -> Any:
+    import tempfile
+
+    from benchmarks import conversations
+    from benchmarks import model as real
+
+    if (why := real.missing()) is not None:
+        pytest.skip(why)
+    with tempfile.TemporaryDirectory() as folder:
+        modes, budget, need = conversations.run(Path(folder))
+    return {mode.name: mode for mode in modes}, budget, need
+
+
+@pytest.mark.parametrize("policy", ["resident", "none", "lru", "lru, disk", "memos"])
+def test_conversations(benchmark: Any, policy: str) -> None:
+    pytest.importorskip("torch")
+    from benchmarks import conversations
+
+    modes, budget, need = benchmark.pedantic(talked, rounds=1)
+    times = {name: conversations.figures(mode) for name, mode in modes.items()}
+    mine = times[policy]
+    memory = modes[policy].memory
+    peak = 0 if memory is None else memory.store.stats()["host"]["peak_bytes"]
+    if "lru" in policy or policy == "memos":
+        assert peak <= budget
+    benchmark.extra_info.update(
+        policy=policy,
+        capacity=conversations.BUDGET if policy not in ("resident", "none") else None,
+        users=conversations.USERS,
+        requests=conversations.REQUESTS,
+        **mine,
+        p50_over_resident=mine["ttft_p50_s"] / times["resident"]["ttft_p50_s"],
+        p95_over_none=mine["ttft_p95_s"] / times["none"]["ttft_p95_s"],
+        reused_tokens=modes[policy].reused,
+        peak_bytes=peak,
+        budget_bytes=budget,
+        needed_bytes=need,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memos.cube import MemCube
@@ -60,6 +61,7 @@ class Scheduling:
             self._stop_schedule()
             found = Scheduler(tiers, rules=rules or Rules(), clock=self._clock, tune=tune)
             found.notes = self._notes
+            found.shows = self._show_schedule
             self._makers = activator, consolidator
             self._sources: dict[str, Source] = {}
             self._scheduler: Scheduler = found
@@ -199,6 +201,18 @@ class Scheduling:
             return {"associations": self.associations(id, name)}
         except NotFoundError:
             return {}
+
+    def _show_schedule(self: Any, scheduler: Scheduler) -> None:
+        """For ``memos top``; names of sessions are no secret only where the folder keeps none."""
+        from memos.errors import StoreError
+        from memos.scheduler import snapshot
+
+        if self.path is None or self.records.readonly or self.records.database.is_sealed:
+            return
+        try:
+            snapshot.write(Path(self.path), snapshot.snapshot(scheduler))
+        except OSError as error:
+            raise StoreError(f"{self.path}: what memos top shows: {error}") from error
 
     def _stop_schedule(self: Any) -> None:
         if "_scheduler" in vars(self):

@@ -15,6 +15,7 @@ from typing import Any
 from memos.errors import ArgumentError, MemosError, NotFoundError
 from memos.scheduler.plan import DEMOTE, DROP, Action, Ranking, Rules, check_budgets, plan
 from memos.scheduler.sources import Router, Shares, Source
+from memos.scheduler.telemetry import Telemetry
 from memos.scheduler.tuning import HALF_LIVES_S, Tuner
 from memos.scheduler.units import HALF_LIFE_S, Costs, Estimate, State, Unit
 from memos.scheduler.worker import DONE, FAILED, Executor, Ledger, Outcome, Worker
@@ -66,7 +67,8 @@ class Scheduler:
         self.counts: Counter[str] = Counter()
         others = [half_life_s, *(one for one in HALF_LIVES_S if one != half_life_s)]
         self.tuner = Tuner(sorted(others) if tune else [half_life_s], half_life_s)
-        self.listeners: list[Callable[[Outcome], object]] = []
+        self._telemetry = Telemetry(self)
+        self.shows: Callable[[Scheduler], object] = lambda scheduler: None  # after every step
         check_budgets(State.of([], self.tiers), self.budgets)
 
     # What there is
@@ -104,6 +106,11 @@ class Scheduler:
             if id not in self._units:
                 raise NotFoundError(f"scheduler: no unit {id!r}")
             return self._units[id]
+
+    def find(self, id: str) -> Unit | None:
+        """As ``unit``; None for an unknown one."""
+        with self._lock:
+            return self._units.get(id)
 
     def __len__(self) -> int:
         return len(self._units)
@@ -168,7 +175,8 @@ class Scheduler:
         """What should be done now; nothing is."""
         self.refresh()
         start = time.perf_counter()
-        found = plan(self.state(), self.budgets, self.clock(), self.rules)
+        with self._telemetry.planning():
+            found = plan(self.state(), self.budgets, self.clock(), self.rules)
         with self._lock:
             self._last_plan = found
             self._plan_s = time.perf_counter() - start
@@ -241,7 +249,9 @@ class Scheduler:
             self._router.look_again()
             for tier in self.tiers:
                 self._router.shares.divide(tier)
-        return self.run()
+        found = self.run()
+        self.shows(self)
+        return found
 
     def start(self, every_s: float = 10.0) -> None:
         """Do a ``step`` every so many seconds in the background, until ``close``."""
@@ -328,7 +338,8 @@ class Scheduler:
 
     def stats(self) -> dict[str, Any]:
         """tiers: {bytes, budget, units} of each; units; planned: actions of the last plan;
-        worker: what became of actions; costs: measured bytes per second."""
+        worker: what became of actions; costs: measured bytes per second; memories: hit_rate and
+        other figures of each; tuning: what is learnt; plans, plan_s; error: of the last step."""
         state = self.state()
         used = state.used()
         counts = state.copies.sum(axis=0).tolist()
@@ -343,6 +354,7 @@ class Scheduler:
             "plans": self.counts["plans"],
             "uses": self.counts["uses"],
             "hit_rate": self.counts["hits"] / max(self.counts["uses"], 1),
+            "memories": {} if self._router is None else self._router.figures(),
             "tuning": self.tuner.stats(),
             "error": self._error,
             "worker": dict(self._worker.counts) if self._worker else {},
@@ -392,8 +404,7 @@ class Scheduler:
             self._last_actions[action.unit] = action
             if outcome.state == FAILED:
                 self._resting[action.unit] = self.clock() + _RESTS_S
-            for listener in self.listeners:
-                listener(outcome)
+            self._telemetry.moved(outcome)
             if outcome.state == DONE and action.kind not in (DROP, DEMOTE):
                 where = action.source or unit.kind
                 operation = "load" if action.source else "rebuild"

@@ -61,6 +61,9 @@ class Source(Protocol):
     def look_again(self) -> None:
         """Engines may have moved something by themselves: the next ``changed`` says so."""
 
+    def figures(self) -> Mapping[str, float]:
+        """What is shown of it: hit_rate and the like."""
+
     def close(self) -> None:
         """Listen to the memory no more."""
 
@@ -203,6 +206,10 @@ class Router:
         """Engines may have moved something by themselves."""
         for source in list(self._sources.values()):
             source.look_again()
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """What is shown of each memory."""
+        return {name: dict(source.figures()) for name, source in list(self._sources.items())}
 
     def close(self) -> None:
         for source in list(self._sources.values()):

@@ -87,6 +87,12 @@ class AdapterSource:
     def look_again(self) -> None:
         """Units are looked at every time."""
 
+    def figures(self) -> dict[str, float]:
+        """hit_rate: of adapters that were ready when wanted; loads."""
+        pool = self.memory.pool
+        stats = None if pool is None else pool.stats()
+        return {} if stats is None else {name: stats[name] for name in ("hit_rate", "loads")}
+
     def _units(self) -> Iterator[Unit]:
         pool, files = self.memory.pool, self.memory.files
         ready = {} if pool is None else pool.ready()

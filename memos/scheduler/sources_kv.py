@@ -212,6 +212,13 @@ class KVSource:
         """A session whose first turn runs."""
         return Unit(self.id(name), KV, {HOST: 1}, in_use=True, rebuildable=True, buildable=False)
 
+    def figures(self) -> dict[str, float]:
+        """hit_rate: of the blocks that turns asked for; host_hits, disk_hits."""
+        stats = self._store.stats()
+        disk = stats.get("disk", {"hits": 0})
+        hits = {"host_hits": stats["host"]["hits"], "disk_hits": disk["hits"]}
+        return {"hit_rate": stats["hit_rate"], "sessions": len(self._keys), **hits}
+
     # Moves
 
     def _name(self, unit: str) -> str:

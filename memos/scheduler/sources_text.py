@@ -135,6 +135,10 @@ class TextSource:
     def look_again(self) -> None:
         """Nothing moves by itself."""
 
+    def figures(self) -> dict[str, float]:
+        """texts: that were used; activated."""
+        return {"texts": len(self._texts), "activated": len(self._activated)}
+
     def _look(self, id: str) -> Iterator[Unit | str]:
         if id == f"{self.name} {LEARNT}":
             yield from self._adapter()
