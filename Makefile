@@ -55,9 +55,13 @@ cuda: setup
 	$(VENV)/bin/cmake --build build/cuda --target _cuda
 	$(PY) -m pytest -q tests/test_cuda.py tests/test_cuda_machine_code.py
 
+# With CUDA=ON (or AUTO: where nvcc is found) the CUDA kernels are inside, built in a folder of
+# their own: minutes. The same wheel imports where neither a driver nor a GPU is.
 wheel: setup
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist \
+	  $(if $(CUDA),-C cmake.define.MEMOS_CUDA=$(CUDA) -C build-dir=build/wheel-cuda) .
 	@ls dist/*.whl
+	$(if $(CUDA),$(PY) -m pytest -q tests/test_cuda_wheel.py)
 
 clean:
 	rm -rf .venv .make build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -117,7 +117,7 @@ def check_turns() -> int:
             keys = [torch.randn(2, 3, T, D).to(dtype) for _ in range(3)]
             at = torch.arange(T), torch.arange(T) + 100_000
             by = (*at, 10000.0 ** -(torch.arange(half) / half), neighbours)
-            on_gpu = [key.cuda() for key in keys]
+            on_gpu = [key.clone().cuda() for key in keys]
             kernels.rotate_positions_(keys, *by)
             for backend in ready("rotate_positions_"):
                 got = [key.clone() for key in on_gpu]
