@@ -249,3 +249,47 @@ def test_where_blocks_are_packed() -> None:
     if torch.cuda.is_available():
         return
     assert home_of(torch.device("cuda", 0)) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("blocks", [2, 40])
+def test_a_memory_restores_through_its_pool(blocks: int) -> None:
+    """With room for all blocks and for two: the same caches; what is deleted is wiped."""
+    pytest.importorskip("transformers", reason="the models are those of transformers")
+    from memos import KVCacheMemory
+
+    from .models import prompt, tiny
+
+    model, ids = tiny("llama"), prompt(45)
+    options = {"model": model, "codec": "int4", "block_tokens": 8, "sink_tokens": 2,
+               "recent_tokens": 5}  # fmt: skip
+    plain = KVCacheMemory("chat", **options)
+    cache = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, return_dict_in_generate=True,
+        do_sample=False,
+    )  # fmt: skip
+    content = {"token_ids": cache.sequences, "cache": cache.past_key_values}
+    plain.add(content, id="a")
+    want = plain.retrieve("session:a")[0].content.dense()
+    block = plain._identity().block_bytes()
+    kv = KVCacheMemory("chat", device_bytes=(blocks + 3) * block, **options)
+    kv.add(content, id="a")
+    for _ in range(3):
+        got = kv.retrieve("session:a")[0].content.dense()
+        for ours, theirs in zip(got.layers, want.layers, strict=True):
+            assert torch.equal(ours.keys, theirs.keys)
+            assert torch.equal(ours.values, theirs.values)
+    assert kv._pools is not None
+    found = kv._pools.stats()
+    assert found["blocks"] == min(blocks, 5)
+    assert found["hits"] >= 3 * found["blocks"]
+    assert found["bytes"] <= found["budget_bytes"]
+    kv.delete("a")
+    kv.add(content | {"token_ids": cache.sequences}, id="b")
+    pool = kv._pools(kv._identity(), "cpu")
+    assert pool is not None
+    kv.delete("b")
+    assert kv.retrieve(ids) == []
+    assert len(pool) == 0
+    assert not pool._rows().any()
+    with pytest.raises(ArgumentError, match="device_bytes"):
+        KVCacheMemory("chat", device_bytes=-1, **options)

@@ -16,7 +16,8 @@ import torch
 from memos import kernels
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec
-from memos.kv._lanes import Lanes
+from memos.kv._lanes import Lanes, stacked
+from memos.kv.identity import KVIdentity
 from memos.kv.policy import Policy, make_policy
 
 Caches = Sequence[torch.Tensor]
@@ -32,6 +33,43 @@ def home_of(device: torch.device) -> torch.device:
         if any(backends[name].missing() is None for name in ("cuda", "triton")):
             return device
     return torch.device("cpu")
+
+
+class PoolOnDemand:
+    """A pool of ``budget_bytes``, made when the device and the shape of blocks are known.
+
+    Another device or shape makes another pool in its place: a memory has one model.
+    """
+
+    def __init__(self, budget_bytes: int, policy: str) -> None:
+        if budget_bytes < 0:
+            raise ArgumentError(f"device_bytes: at least 0 wanted, got {budget_bytes}")
+        make_policy(policy)
+        self._budget, self._policy = budget_bytes, policy
+        self._lock = threading.Lock()
+        self._pool: DevicePool | None = None
+
+    def __call__(self, identity: KVIdentity, device: torch.device | str) -> DevicePool | None:
+        """The pool for these blocks; None where there is none to have."""
+        device = torch.device(device)
+        if not self._budget or home_of(device).type != device.type:
+            return None
+        shape = BlockShape(
+            identity.num_layers, identity.block_tokens, identity.num_kv_heads,
+            identity.head_dim_k, identity.head_dim_v, getattr(torch, identity.dtype),
+        )  # fmt: skip
+        with self._lock:
+            pool = self._pool
+            wanted = (shape, identity.codec, device)
+            if pool is None or (pool.shape, pool.codec.name, pool.device) != wanted:
+                pool = self._pool = DevicePool(
+                    shape, identity.codec, self._budget, device, policy=self._policy
+                )
+            return pool
+
+    def stats(self) -> dict[str, int]:
+        """Of the pool; empty where there is none."""
+        return {} if self._pool is None else self._pool.stats()
 
 
 @dataclass(frozen=True)
@@ -177,6 +215,15 @@ class DevicePool:
         Raises:
             ArgumentError: a shape, dtype or device is out of contract.
         """
+        return self._load(keys, parents, packed, set(keys))
+
+    def _load(
+        self,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        packed: torch.Tensor,
+        ours: set[bytes],
+    ) -> int:
         wanted = (len(keys), self.shape.layers, self.shape.layer_bytes(self.codec))
         if tuple(packed.shape) != wanted or packed.dtype != torch.uint8:
             raise ArgumentError(
@@ -190,7 +237,7 @@ class DevicePool:
             there = self._lanes.bring(rows) if packed.device != self.device else rows
             self._place(there, slots)
 
-        return self._admit(keys, parents, place)
+        return self._admit(keys, parents, place, ours)
 
     def store(
         self,
@@ -217,7 +264,7 @@ class DevicePool:
             rows = kernels.pack_kv(keys_of, values_of, ids, self._form)
             kernels.write_blocks(self._rows(), slots, rows.view(len(chosen), -1))
 
-        return self._admit(keys, parents, place)
+        return self._admit(keys, parents, place, set(keys))
 
     def _place(self, packed: torch.Tensor, slots: torch.Tensor) -> None:
         if self._form.name == self.codec.name:
@@ -230,12 +277,13 @@ class DevicePool:
         keys: Sequence[bytes],
         parents: Sequence[bytes],
         place: Callable[[list[int], torch.Tensor], None],
+        ours: set[bytes],
     ) -> int:
+        """``ours`` stay, whatever room is wanted."""
         if len(parents) != len(keys) or len(set(keys)) != len(keys):
             raise ArgumentError("keys, parents: as many, and no key twice, wanted")
         with self._lock:
             done = 0
-            ours = set(keys)
             for first in range(0, len(keys), self.chunk):
                 part = range(first, min(first + self.chunk, len(keys)))
                 for i in part:
@@ -337,6 +385,12 @@ class DevicePool:
             self._lanes.wrote()
             return len(here)
 
+    def drop_unless(self, known: Callable[[bytes], bool]) -> int:
+        """Forget the blocks that the store does not know any more, except those in use."""
+        with self._lock:
+            gone = [key for key in self._slots if key not in self._users and not known(key)]
+            return self.drop(gone)
+
     # Use
 
     @contextmanager
@@ -373,6 +427,23 @@ class DevicePool:
                 shape = (0, self.shape.layers, E)
                 return torch.empty(shape, dtype=torch.uint8, device=self.device)
             return self._packed(slots)
+
+    def through(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Blocks [L, E] on the device, from here where they are here, else from the host and kept.
+
+        Args:
+            keys: of one chain, from its first block on.
+            rows: the same blocks on the host, in ``codec``.
+        """
+        with self._lock:
+            have = self.contains(keys)
+            if have < len(keys):
+                parents = [b"", *keys][have : len(keys)]
+                self._load(keys[have:], parents, torch.stack(list(rows[have:])), set(keys))
+            found = list(self.read(keys))
+        if left := rows[len(found) :]:
+            found += list(stacked(left, self.device))
+        return found
 
     def read_into(
         self, keys: Sequence[bytes], keys_of: Caches, values_of: Caches, block_ids: Sequence[int]

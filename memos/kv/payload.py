@@ -17,7 +17,7 @@ from memos.errors import ArgumentError
 from memos.kernels.kv import PackedRows
 from memos.kv._lanes import stacked
 from memos.kv.cache import MemosCache
-from memos.kv.device import home_of
+from memos.kv.device import DevicePool, home_of
 from memos.kv.identity import KVIdentity
 from memos.kv.layer import MemosLayer, Pair, encode_blocks
 
@@ -30,6 +30,8 @@ def load_cache(
     tail: memoryview | None,
     identity: KVIdentity,
     device: torch.device | str,
+    pool: DevicePool | None = None,
+    keys: Sequence[bytes] = (),
 ) -> None:
     """Fill an empty cache with stored blocks and a stored tail.
 
@@ -40,12 +42,16 @@ def load_cache(
         cache:    made for this identity, with ``window_history``.
         payloads: of blocks 0, 1, ...; tail: of the tokens behind them, or None.
         device:   of the model.
+        pool:     of blocks on that device, which has some of them perhaps, and gets the others;
+            keys: of the payloads.
     """
     layers = cache.stored_layers
     L, block_bytes = len(layers), identity.block_bytes()
     packed = [_shared(p, block_bytes).view(L, -1) for p in payloads]
     home = home_of(torch.device(device))
-    if packed and home.type != "cpu":
+    if packed and pool is not None:
+        packed = pool.through(keys, packed)
+    elif packed and home.type != "cpu":
         packed = list(stacked(packed, home))
     blocks = PackedRows.split_layers(packed, L)
     sinks: Sequence[Pair | None] = [None] * L

@@ -11,6 +11,7 @@ import torch
 
 from memos.errors import ArgumentError
 from memos.kv.cache import MemosCache, MemosLayer, common_prefix, token_list
+from memos.kv.device import PoolOnDemand
 from memos.kv.frame import ZERO_KEY
 from memos.kv.identity import KVIdentity
 from memos.kv.model import ModelShape
@@ -41,6 +42,8 @@ class Archive:
         adapters: what says which adapters a forward pass computes with: its caches refuse others
             than those that ``identity`` was made under.
         restorable: how many of these first tokens may be restored; None: all.
+        pools: a pool of blocks on the device of the model, for those that are restored often.
+            What the store has forgotten is wiped from it before the next is restored.
     """
 
     tenant: Tenant
@@ -52,6 +55,7 @@ class Archive:
     clock: Callable[[], float] = time.time
     adapters: Callable[[], str] | None = None
     restorable: Callable[[list[int]], int] | None = None
+    pools: PoolOnDemand | None = None
 
     def new_cache(self) -> MemosCache:
         """An empty cache whose blocks can be stored."""
@@ -93,7 +97,10 @@ class Archive:
         payloads = self.tenant.get(keys, identity, tokens)
         tail = payloads[n] if len(payloads) > n else None
         blocks = payloads[:n]
-        load_cache(cache, blocks, tail, identity, device)
+        pool = self.pools(identity, device) if self.pools is not None else None
+        if pool is not None:
+            pool.drop_unless(lambda key: self.tenant.contains([key]) == 1)
+        load_cache(cache, blocks, tail, identity, device, pool, keys[: len(blocks)])
         if tail is not None:
             cache.crop(n * P + tail_tokens - cache.get_seq_length())
         cache.token_ids = ids[: cache.get_seq_length()]

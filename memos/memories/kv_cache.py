@@ -64,6 +64,7 @@ class KVCacheMemory(KVInside, KVPieces):
         ttl_s:          seconds that a block lives from when it was stored, and a session from its
             last turn.
         device:         where restored caches go; default: the model's device.
+        device_bytes:   of that device, for blocks that are restored often: a ``DevicePool``.
 
     Thread-safe, as far as each thread has its own turns and caches.
 
@@ -100,6 +101,7 @@ class KVCacheMemory(KVInside, KVPieces):
         ttl_s: float | None = None,
         clock: Callable[[], float] = time.time,
         device: Any = None,
+        device_bytes: int = 0,
     ) -> None:
         from memos.kv.cache import MemosCache
         from memos.kv.model import shape_of, shape_of_model, tokenizer_digest
@@ -125,6 +127,9 @@ class KVCacheMemory(KVInside, KVPieces):
         self.name, self.description = name, description
         self.max_cache_size, self.ttl_s = max_cache_size, ttl_s
         self._model, self._config, self._device = model, model_config, device
+        if device_bytes < 0:
+            raise ArgumentError(f"device_bytes: at least 0 wanted, got {device_bytes}")
+        self._device_bytes, self._pools = device_bytes, None
         self._shape = shape_of(model_config) if model is None else shape_of_model(model)
         self._recent_tokens, self._clock = recent_tokens, clock
         self._tokenizer = tokenizer

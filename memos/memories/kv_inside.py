@@ -15,6 +15,7 @@ from memos.memories import kv_rights
 
 if TYPE_CHECKING:
     from memos.kv.cache import MemosCache
+    from memos.kv.device import PoolOnDemand
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Archive
 
@@ -32,10 +33,12 @@ class KVInside:
     _clock: Callable[[], float]
     _config: Any
     _device: Any
+    _device_bytes: int
     _has_looked: bool
     _lock: threading.Lock
     _model: Any
     _options: dict[str, Any]
+    _pools: PoolOnDemand | None
     _recent_tokens: int
     _shape: Any
     _tenant: Tenant
@@ -78,7 +81,15 @@ class KVInside:
                 restorable=None
                 if kv_rights.actor() is None
                 else partial(kv_rights.restorable, self.name, self._tenant),
+                pools=self._pools_of_device(),
             )
+
+    def _pools_of_device(self) -> PoolOnDemand | None:
+        if self._device_bytes and self._pools is None:
+            from memos.kv.device import PoolOnDemand
+
+            self._pools = PoolOnDemand(self._device_bytes, "lru")
+        return self._pools
 
     def _tell(self, id: str, what: str = "read") -> None:
         if self.observer is not None:

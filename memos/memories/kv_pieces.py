@@ -269,7 +269,12 @@ class KVPieces:
         mark = hashlib.sha256(struct.pack(f"<{len(system)}q", *system)).hexdigest()
         identity = dataclasses.replace(archive.identity, layout=f"hf piece {GAP} {mark}")
         found: Archive = dataclasses.replace(
-            archive, tenant=tenant, identity=identity, max_tokens=None, restorable=None
+            archive,
+            tenant=tenant,
+            identity=identity,
+            max_tokens=None,
+            restorable=None,
+            pools=None,
         )
         return found
 
