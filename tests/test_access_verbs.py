@@ -217,13 +217,14 @@ def test_the_cases_are_all_verbs_there_are() -> None:
 # What a view does not have: everything public that is neither a verb nor plain data.
 CLOSED = {
     MOS: "activate add_member as_principal audit change_master_key change_memory_key close "
-    "deactivate grants groups jobs memories pipeline register_memory remove_member reseal",
+    "associations deactivate grants groups hebbian jobs memories pipeline register_memory "
+    "remove_member reseal schedule scheduler",
     GeneralTextMemory: "bind close config in_prompts in_use left lookup now purged records "
     "restored scope table wake",
     TreeTextMemory: "relatives_of",
     GraphMemory: "pending synchronise",
     VectorMemory: "",
-    ParametricMemory: "attach check detach files fits sweep",
+    ParametricMemory: "attach check detach files fits pool sweep",
     KVCacheMemory: "activate activated calibrate clear clear_pieces close compose curve deactivate "
     "identity is_activated list_of shows_any tenant text text_of tokenizer tokens_of",
 }

@@ -224,6 +224,30 @@ def test_hot_texts_are_activated_and_learnt() -> None:
     mos.close()
 
 
+def test_the_kv_of_hot_texts_is_that_of_contexts(tmp_path: Path) -> None:
+    from .test_activation import kv_memory
+
+    clock = Clock()
+    with MOS(tmp_path / "m", clock=clock) as mos, kv_memory(tmp_path / "kv") as kv:
+        mos.register_memory(GeneralTextMemory("notes", embedder=None, clock=clock))
+        mos.register_memory(kv)
+        hot = mos.add("notes", "The boiler in the cellar is serviced by Weber every autumn.")
+        cold = mos.add("notes", "The cat eats twice a day, at seven and at six.")
+        scheduler = mos.schedule({"host": 1 << 24}, every_s=None, activator="kv", tune=False)
+        mos.use(cold)
+        for _ in range(200):
+            clock.now += 1
+            mos.use(hot)
+        scheduler.step()
+        assert scheduler.worker is not None
+        assert scheduler.worker.wait(30)
+        assert ("notes", hot.id) in kv.activated()
+        context = mos.context("who services the boiler", as_kv=True, share=0.0)
+        assert hot.id not in context.prefilled
+        clock.now += 30 * 86400
+        scheduler.remove_source("notes")
+
+
 def test_cold_texts_are_archived() -> None:
     clock = Clock()
     mos = MOS(clock=clock)
@@ -305,3 +329,42 @@ def test_half_lives_are_chosen_by_what_they_foretell() -> None:
     assert not any(alone.used("a", float(i)) for i in range(1000))
     with pytest.raises(ArgumentError, match="half-lives"):
         Tuner((60.0,), 61.0)
+
+
+def test_hot_knowledge_becomes_an_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from memos import ParametricMemory
+    from memos.facade.makers import Learning
+
+    from . import test_learning as learning
+
+    with MOS(tmp_path / "m") as mos:
+        mos.register_memory(GeneralTextMemory("notes", embedder=None))
+        mos.register_memory(ParametricMemory("skills", embedder=None))
+        cube = mos.add("notes", learning.FACTS[0].content)
+        options = {**learning.FAST, "max_steps": 3, "budget": learning.LOOSE}
+        learns = Learning(mos, "skills", learning.model(), learning.tokenizer(), **options)
+        learns.consolidate("notes", [cube.id], lambda: False)
+        [adapter] = mos.memory("skills").cubes(None)
+        assert adapter.metadata["name"].startswith("notes ")
+        assert [r.target for r in adapter.relations] == [cube.id]
+        learns.consolidate("notes", [cube.id], lambda: False)  # as after a crash: it is there
+        assert len(list(mos.memory("skills").cubes(None))) == 1
+        with pytest.raises(ArgumentError, match="consolidate"):
+            learns.consolidate("notes", ["gone"], lambda: False)
+        assert {job.kind for job in mos.jobs.list()} == {"consolidate"}
+        # Adapters are units too: on disk, and ready for a model once they are used.
+        scheduler = mos.schedule({"host": 1 << 24}, every_s=None)
+        scheduler.refresh()
+        unit = scheduler.unit(f"skills/{adapter.content['digest']}")
+        assert unit.copies == {"disk"}
+        skills = mos.memory("skills").attach(learning.model())
+        assert skills.pool.device_bytes <= 1 << 24
+        with skills.use(adapter.metadata["name"]):
+            scheduler.refresh()
+            assert scheduler.unit(unit.id).copies == {"host", "disk"}
+            assert scheduler.unit(unit.id).in_use
+            assert scheduler.unit(unit.id).heat > 0
+        scheduler.refresh()
+        assert not scheduler.unit(unit.id).in_use
+        skills.detach()

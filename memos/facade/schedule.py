@@ -28,7 +28,7 @@ class Scheduling:
         rules: Rules | None = None,
         every_s: float | None = 10.0,
         tune: bool = True,
-        activator: Activator | None = None,
+        activator: Activator | str | None = None,
         consolidator: Consolidator | None = None,
     ) -> Scheduler:
         """Give every tier a budget; returns the scheduler, which is ``mos.scheduler`` from now on.
@@ -45,8 +45,9 @@ class Scheduling:
             rules:   of the plans.
             every_s: seconds between two plans; None: only ``mos.scheduler.step()`` makes one.
             tune:    False: what is learnt from use about how long uses count is left aside.
-            activator:    makes KV of hot texts; None: texts stay texts.
-            consolidator: makes adapters of hot texts, as ``memos.facade.learning.Learning`` does.
+            activator:    makes KV of hot texts, for ``context(as_kv=True)``: the name of a
+                KVCacheMemory with model= and tokenizer=; None: texts stay texts.
+            consolidator: makes adapters of hot texts, as ``memos.facade.makers.Learning`` does.
 
         Raises:
             ArgumentError: a budget below 0.
@@ -62,6 +63,10 @@ class Scheduling:
             found = Scheduler(tiers, rules=rules or Rules(), clock=self._clock, tune=tune)
             found.notes = self._notes
             found.shows = self._show_schedule
+            if isinstance(activator, str):
+                from memos.facade.makers import Pieces
+
+                activator = Pieces(self, activator)
             self._makers = activator, consolidator
             self._sources: dict[str, Source] = {}
             self._scheduler: Scheduler = found
