@@ -157,6 +157,7 @@ def test_histories(
             assert pool.contains([name(i)]) == 1
         assert len(pool) == len(here) <= slots
         assert pool.used_bytes <= pool.budget_bytes
+        assert len(pool._free) + len(pool) == pool.num_slots  # none is lost
         assert pool.stats()["evictions"] == len(left)
     for context, _ in held:
         context.__exit__(None, None, None)
