@@ -380,6 +380,8 @@ class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding, Activation
             A Context: ``str(context)`` is the text, ``context.citations`` says where each part
             came from. With ``as_kv`` a KVContext.
         """
+        if not as_kv and (kv, system, share, max_kl) != (None,) * 4:
+            raise ArgumentError("kv, system, share, max_kl: as_kv=True wanted with them")
         from memos.retrieval import synthesise
 
         hits = self._search(query, limit, memories, filters, include_archived)

@@ -202,6 +202,11 @@ def test_deactivated(mos: MOS) -> None:
     assert mos.activate("a") == 1
 
 
+def test_options_of_a_cache_without_one(mos: MOS) -> None:
+    with pytest.raises(ArgumentError, match="as_kv=True wanted"):
+        mos.context(QUERY, share=0.5)
+
+
 def test_which_kv_memory(mos: MOS, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="a KVCacheMemory wanted, got 'notes'"):
         mos.context(QUERY, as_kv=True, kv="notes")

@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memos.cube.identity import adapters_of
 from memos.errors import ArgumentError
 from memos.kernels.kv import PackedRows
 from memos.kv.cache import MemosCache, token_list
@@ -216,7 +218,9 @@ def _computed(
 
 def _empty_cache(maker: Prefiller) -> MemosCache:
     size = maker.block_tokens
-    return MemosCache(maker.shape, "raw", block_tokens=size, sink_tokens=0, recent_tokens=_NEVER)
+    cache = MemosCache(maker.shape, "raw", block_tokens=size, sink_tokens=0, recent_tokens=_NEVER)
+    cache.computed_under(partial(adapters_of, maker.model))
+    return cache
 
 
 def _cache_of(

@@ -158,7 +158,7 @@ class KVPieces:
             share=share,
             first_tokens=first_tokens,
             max_kl=max_kl,
-            curve=self.curve if max_kl is not None or share is None else None,
+            curve=self.curve,
         )
 
     def calibrate(self, documents: Iterable[Any], *, system: Any = "", **options: Any) -> Curve:
