@@ -35,6 +35,14 @@ def home_of(device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
+def _with_index(device: torch.device | str) -> torch.device:
+    """As tensors name it: "cuda" alone is the current one."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class PoolOnDemand:
     """A pool of ``budget_bytes``, made when the device and the shape of blocks are known.
 
@@ -51,7 +59,7 @@ class PoolOnDemand:
 
     def __call__(self, identity: KVIdentity, device: torch.device | str) -> DevicePool | None:
         """The pool for these blocks; None where there is none to have."""
-        device = torch.device(device)
+        device = _with_index(device)
         if not self._budget or home_of(device).type != device.type:
             return None
         shape = BlockShape(
@@ -129,7 +137,7 @@ class DevicePool:
         if resident not in ("raw", "packed"):
             raise ArgumentError(f"resident: 'raw' or 'packed' wanted, got {resident!r}")
         self.shape, self.codec = shape, Codec.parse(codec)
-        self.device, self.budget_bytes = torch.device(device), budget_bytes
+        self.device, self.budget_bytes = _with_index(device), budget_bytes
         self._form = Codec.parse("raw") if resident == "raw" else self.codec
         self._moved_bytes = shape.layers * shape.layer_bytes(self.codec)
         self._slot_bytes = shape.layers * shape.layer_bytes(self._form)

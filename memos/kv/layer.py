@@ -304,10 +304,10 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         )
         rows = functools.reduce(operator.add, (row[first:last] for row in self.blocks))
         S = host[0].shape[2]
-        ids = torch.arange(0, T, P)
+        ids = torch.arange(0, T, P, device=home)
         if self.batch_size > 1:
-            ids = (torch.arange(self.batch_size)[:, None] * (H * S) + ids).flatten()
-        ids = ids.to(home)
+            rows_at = torch.arange(self.batch_size, device=home)[:, None] * (H * S)
+            ids = (rows_at + ids).flatten()
         unpack_kv([_windows(host[0], P)], [_windows(host[1], P)], ids, rows, self.codec)
         if first == 0 and self.sinks is not None:
             for out, sink in zip(host, self.sinks, strict=True):
