@@ -228,6 +228,19 @@ def test_cpu_equals_reference(name: str, isa: str) -> None:
             assert same(bytes_of(a), bytes_of(b)), f"{label}: the {what} differ"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate_writes_nothing_beside_its_channels(dtype: torch.dtype, isa: str) -> None:
+    for D, R, interleaved in ((64, 32, False), (64, 20, True), (35, 17, False), (9, 4, True)):
+        room = torch.randn(2, 3, 5, D + 7).to(dtype)
+        before, key = room.clone(), room[:, 1:, :, 3 : 3 + D]
+        at = torch.arange(5)
+        with kernels.using("cpu"):
+            kernels.rotate_positions_([key], at, at + 9, torch.rand(R), interleaved)
+        assert not torch.equal(key[..., : 2 * R], before[:, 1:, :, 3 : 3 + 2 * R])
+        room[:, 1:, :, 3 : 3 + 2 * R] = before[:, 1:, :, 3 : 3 + 2 * R]
+        assert torch.equal(room, before), f"{D}, {R}, {interleaved}"
+
+
 def test_packed_rows() -> None:
     """Rows stay where they are; a copy has its own; what does not fit is refused."""
     blocks = [torch.arange(24, dtype=torch.uint8).view(3, 8) + 100 * i for i in range(2)]
