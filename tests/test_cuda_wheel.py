@@ -1,5 +1,5 @@
-"""A wheel with the CUDA kernels inside, as ``make wheel CUDA=ON`` leaves it in dist/: it imports and
-works where neither a driver nor a GPU is. Without such a wheel it skips.
+"""A wheel with the CUDA kernels inside, as ``make wheel CUDA=ON`` leaves it in dist/: imported and
+used where neither a driver nor a GPU is. Without such a wheel it skips.
 """
 
 from __future__ import annotations
