@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memos import MOS, GeneralTextMemory
 from memos.errors import ArgumentError
 from memos.records.hebbian import USED_WITH, Hebbian
 from memos.records.rights import Actor
@@ -130,3 +131,42 @@ def test_many_wait_only_so_long() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ArgumentError, match="rate and cap"):
         Hebbian(None, rate=0)  # type: ignore[arg-type]
+
+
+def test_scores_tell_nothing_of_what_is_hidden() -> None:
+    """With and without cubes that Ann may not read, and whatever others use, she gets the same."""
+    shown = ("the kettle is red", "a kettle whistles", "the moon is far", "red wine in a kettle")
+    hidden = [f"the kettle of Eve hides number {i}" for i in range(6)]
+    answers = []
+    for with_hidden in (True, False):
+        mos = MOS(clock=lambda: 1e9)
+        memory = GeneralTextMemory("notes", embedder=None, on_duplicate="keep", clock=lambda: 1e9)
+        mos.register_memory(memory)
+        mos.grant("user:ann", "read", "*")
+        for i, text in enumerate(shown):
+            mos.add("notes", text, id=f"s{i}")
+        if with_hidden:
+            for i, text in enumerate(hidden):
+                mos.add("notes", text, id=f"h{i}", acl={"read": ["user:eve"], "inherit": False})
+        ann = mos.as_principal("user:ann")
+        for _ in range(3):
+            if with_hidden:  # the owner uses everything together, hidden and shown
+                assert len(mos.context("kettle red Eve number").hits) > 4
+            ann.context("red kettle")
+        mos.hebbian.write()
+        hits = ann.retrieve("notes", "kettle", limit=9)
+        answers.append([(hit.id, pytest.approx(hit.score, rel=1e-12)) for hit in hits])
+        assert any(hit.id.startswith("s") for hit in hits)
+        with mos.records.database.read() as connection:
+            rows = connection.exec_driver_sql(
+                "SELECT actor, count(*) FROM hebbian GROUP BY 1"
+            ).all()
+        assert dict(map(tuple, rows)).keys() == ({"", "user:ann"} if with_hidden else {"user:ann"})
+        mos.purge("s0", "notes")
+        with mos.records.database.read() as connection:
+            seqs = [s for s, _ in mos.records.locate(connection, "s0", dead=True)]
+            assert mos.hebbian.edges(connection, seqs, 1e9) == []
+        mos.close()
+    with_it, without = answers
+    assert [id for id, _ in with_it] == [id for id, _ in without]
+    assert [s.expected for _, s in with_it] == [s for _, s in without]

@@ -72,7 +72,10 @@ def test_figures_reach_an_exporter() -> None:
     for resource in data.resource_metrics:
         for scope in resource.scope_metrics:
             for metric in scope.metrics:
-                found[metric.name] = list(metric.data.data_points)
+                points = metric.data.data_points
+                found[metric.name] = [
+                    p for p in points if p.attributes["memos.scheduler"] == scheduler.number
+                ]
     by_tier = {p.attributes["memos.tier"]: p.value for p in found["memos.tier.bytes"]}
     assert by_tier == {"host": 40, "disk": 80}
     assert {p.value for p in found["memos.tier.budget"]} == {100, 1000}

@@ -28,14 +28,14 @@ class Pieces:
     def __init__(self, mos: MOS, kv: str) -> None:
         self._mos, self._kv = mos, kv
         self._memory = mos.memory(kv)
+        identity = self._memory.identity
+        self._block_bytes, self._block_tokens = identity.payload_bytes(1), identity.block_tokens
 
     def cost(self, text: str) -> tuple[int, float]:
         tokens = len(text) // _TOKEN_CHARS + 1
         meter = self._memory.meter
         seconds = getattr(getattr(meter, "pace", None), "prompt_s", _PREFILL_S)
-        per_block = self._memory.identity.payload_bytes(1)
-        size = per_block * tokens // self._memory.identity.block_tokens
-        return max(size, 1), tokens * seconds
+        return max(tokens * self._block_bytes // self._block_tokens, 1), tokens * seconds
 
     def activate(self, memory: str, id: str, cancelled: Callable[[], bool]) -> None:
         if not cancelled():

@@ -58,8 +58,8 @@ class Scheduling:
 
         tiers = dict(budgets)
         tiers.setdefault("disk", UNLIMITED)
+        self._stop_schedule()  # not under the lock, which a move in progress may want
         with self._lock:
-            self._stop_schedule()
             found = Scheduler(tiers, rules=rules or Rules(), clock=self._clock, tune=tune)
             found.notes = self._notes
             found.shows = self._show_schedule

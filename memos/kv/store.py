@@ -296,6 +296,13 @@ class KVStore:
                 )
             self._folder.rewrap(master)
 
+    def held(self) -> dict[str, int]:
+        """Bytes in memory, "host", and on "disk" where there is one: what the quotas limit."""
+        state = self._state
+        with state.lock:
+            found = {"host": state.host.used_bytes}
+            return found if state.disk is None else {**found, "disk": state.disk.used_bytes}
+
     def set_quotas(self, *, host_bytes: int | None = None, disk_bytes: int | None = None) -> None:
         """Change the quotas; what does not fit any more goes before this returns. None: it stays.
 

@@ -68,6 +68,7 @@ class Scheduler:
         others = [half_life_s, *(one for one in HALF_LIVES_S if one != half_life_s)]
         self.tuner = Tuner(sorted(others) if tune else [half_life_s], half_life_s)
         self._telemetry = Telemetry(self)
+        self.number = self._telemetry.number  # in this process: stands in every figure
         self.shows: Callable[[Scheduler], object] = lambda scheduler: None  # after every step
         check_budgets(State.of([], self.tiers), self.budgets)
 
@@ -281,6 +282,7 @@ class Scheduler:
             self._worker.close()
         if self._router is not None:
             self._router.close()
+        self._telemetry.close()
 
     @property
     def worker(self) -> Worker | None:

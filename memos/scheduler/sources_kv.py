@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memos.errors import ArgumentError, NotFoundError, StoreError
@@ -53,6 +54,15 @@ class Pace:
             self.prompt_s = self.output_s = same
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a session between two looks at its row."""
+
+    keys: list[bytes]
+    tokens: int
+    updated_at: float
+
+
 class KVSource:
     """Sessions: a unit each, "memory/session". Blocks that sessions share count in parts.
 
@@ -82,7 +92,9 @@ class KVSource:
         )
         self._uses: deque[tuple[str, float]] = deque()
         self._open: dict[str, float] = {}
-        self._keys: dict[str, list[bytes]] = {}
+        self._known: dict[str, _Known] = {}
+        self._told: dict[str, Unit] = {}
+        self._moved: tuple[str, ...] = ()
         self._sharers: dict[bytes, set[str]] = {}
         self._was_in: dict[str, str] = {}
         memory.meter = self
@@ -123,12 +135,12 @@ class KVSource:
         return f"{self.name}/{session}"
 
     def engines(self) -> Sequence[Engine]:
-        state, store = self._store, self._store
+        store = self._store
         found = [
             Engine(
                 self.name,
                 HOST,
-                lambda: int(state.stats()["host"]["bytes"]),
+                lambda: store.held()[HOST],
                 lambda n: store.set_quotas(host_bytes=n),
                 store,
             )
@@ -138,7 +150,7 @@ class KVSource:
                 Engine(
                     self.name,
                     DISK,
-                    lambda: int(state.stats()["disk"]["bytes"]),
+                    lambda: store.held()[DISK],
                     lambda n: store.set_quotas(disk_bytes=n),
                     store,
                 )
@@ -157,41 +169,60 @@ class KVSource:
                 del self._open[name]
                 self._dirty[name] = None
             dirty, self._dirty = list(self._dirty), {}
+            moved = [name for name in self._moved if name not in dirty and name in self._known]
+            self._moved = ()
         for name in dirty:
-            unit = self._unit(name)
-            yield self.id(name) if unit is None else unit
+            self._read(name)
+        pinned = self.memory.tenant.pinned_keys()
+        for name in [*dirty, *moved]:
+            unit = self._measured(name, pinned)
+            if unit is None:
+                self._told.pop(name, None)
+                yield self.id(name)
+            elif self._told.get(name) != unit:
+                self._told[name] = unit
+                yield unit
 
     def look_again(self) -> None:
-        """Engines moved blocks by themselves: every session is measured anew."""
+        """Engines moved blocks by themselves: where those of every session are is looked up."""
         with self._lock:
-            self._dirty.update(dict.fromkeys(self._keys))
+            self._moved = tuple(self._known)
 
-    def _unit(self, name: str) -> Unit | None:
+    def _read(self, name: str) -> None:
+        """Take in a session's row; of one that is gone, nothing stays."""
         session = self.memory.tenant.session(name)
         with self._lock:
-            for key in self._keys.pop(name, ()):
+            before = self._known.pop(name, None)
+            old = set(before.keys) if before is not None else set()
+            new = session.keys if session is not None else []
+            for key in old.difference(new):
                 self._sharers[key].discard(name)
                 if not self._sharers[key]:
                     del self._sharers[key]
-            if session is None:
-                self._was_in.pop(name, None)
-                return None if name not in self._open else self._opening(name)
-            self._keys[name] = session.keys
-            part = 0.0
-            for key in session.keys:
+            for key in new:
                 sharers = self._sharers.setdefault(key, set())
                 sharers.add(name)
-                part += 1.0 / len(sharers)
-                if 1 < len(sharers) <= _FEW:
-                    self._dirty.update(dict.fromkeys(sharers - {name}))
-            is_open = name in self._open
+                if key not in old and len(sharers) <= _FEW:
+                    self._moved = (*self._moved, *(sharers - {name}))
+            if session is not None:
+                tokens = len(session.token_ids)
+                self._known[name] = _Known(session.keys, tokens, session.updated_at)
+
+    def _measured(self, name: str, pinned: set[bytes]) -> Unit | None:
+        with self._lock:
+            known, is_open = self._known.get(name), name in self._open
+            if known is None:
+                self._was_in.pop(name, None)
+                return self._opening(name) if is_open else None
+            part = sum(1.0 / len(self._sharers[key]) for key in known.keys)
         tiers = (HOST, DISK) if self.has_disk else (HOST,)
-        placed = self.memory.tenant.placed(session.keys)
-        count = len(session.keys)
-        sizes = [size * count // max(held, 1) for held, size in placed.values()]
-        whole = max(sizes)
-        share = part / max(count, 1)
-        size = max(int(whole * share), 1)
+        placed = self.memory.tenant.placed(known.keys)
+        count = len(known.keys)
+        if not any(held for held, _ in placed.values()):  # all dropped, or it was deleted
+            with self._lock:
+                self._dirty[name] = None
+        whole = max(size * count // max(held, 1) for held, size in placed.values())
+        size = max(int(whole * part / max(count, 1)), 1)
         copies = frozenset(tier for tier in tiers if count and placed[tier][0] == count)
         self._was_in[name] = HOST if HOST in copies or not self.has_disk else DISK
         return Unit(
@@ -199,12 +230,12 @@ class KVSource:
             KV,
             num_bytes=dict.fromkeys(tiers, size),
             copies=copies,
-            pinned=session.pinned,
+            pinned=bool(known.keys) and known.keys[-1] in pinned,
             in_use=is_open,
             rebuildable=True,
-            rebuild_s=len(session.token_ids) * self.pace.prompt_s,
+            rebuild_s=known.tokens * self.pace.prompt_s,
             access_s={tier: whole * self._access[tier].value for tier in tiers},
-            last=session.updated_at,
+            last=known.updated_at,
             buildable=self._rebuild is not None,
         )
 
@@ -217,7 +248,7 @@ class KVSource:
         stats = self._store.stats()
         disk = stats.get("disk", {"hits": 0})
         hits = {"host_hits": stats["host"]["hits"], "disk_hits": disk["hits"]}
-        return {"hit_rate": stats["hit_rate"], "sessions": len(self._keys), **hits}
+        return {"hit_rate": stats["hit_rate"], "sessions": len(self._known), **hits}
 
     # Moves
 
