@@ -368,3 +368,47 @@ def test_hot_knowledge_becomes_an_adapter(tmp_path: Path) -> None:
         scheduler.refresh()
         assert not scheduler.unit(unit.id).in_use
         skills.detach()
+
+
+def test_what_is_given_up_is_only_a_miss(model: Any, kv: KVCacheMemory) -> None:
+    """Of one session in a tier: others keep what they share, and nothing is ever wrong."""
+    mos = MOS()
+    mos.register_memory(kv)
+    scheduler = mos.schedule({"host": 1 << 24, "disk": 1 << 24}, every_s=None)
+    ids = [(5 * i) % 97 for i in range(48)]
+    outputs = {}
+    for name in ("one", "two"):
+        turn = kv.begin(name, [*ids, *([1, 2, 3] if name == "one" else [4, 5, 6]) * 8])
+        outputs[name] = model.generate(**turn.inputs, max_new_tokens=4, do_sample=False)
+        turn.commit(outputs[name])
+    scheduler.refresh()
+    one, two = scheduler.unit("chat/one"), scheduler.unit("chat/two")
+    scheduler.refresh()
+    shared = scheduler.unit("chat/one").num_bytes["host"]
+    assert shared <= one.num_bytes["host"], "what two share counts half for each"
+    assert two.copies == {"host", "disk"}
+    keys = kv.tenant.session("two").keys
+    assert kv.tenant.placed(keys)["disk"][0] == len(keys)
+    kv.tenant.leave("one", "host")
+    assert kv.tenant.placed(keys)["host"][0] == len(keys), "two has all of its own"
+    gone = kv.tenant.session("one").keys
+    assert kv.tenant.placed(gone)["disk"][0] == len(gone)
+    assert kv.tenant.leave("one", "disk") == len(gone) - 3, "three blocks are two's as well"
+    scheduler.step()
+    scheduler.refresh()
+    assert scheduler.unit("chat/one").copies == frozenset()
+    assert scheduler.unit("chat/one").rebuildable
+    turn = kv.begin("one", turn_ids := [*ids, *[1, 2, 3] * 8])
+    assert turn.reused_tokens == 48
+    again = model.generate(**turn.inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(again, outputs["one"])
+    assert again[0, : len(turn_ids)].tolist() == turn_ids
+    turn.commit(again)
+    kv.delete("two")
+    for _ in range(2):
+        assert scheduler.worker is not None
+        assert scheduler.worker.wait(10)
+        scheduler.step()
+    assert scheduler.find("chat/two") is None
+    assert scheduler.unit("chat/one").copies == {"host", "disk"}
+    mos.close()

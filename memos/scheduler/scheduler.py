@@ -21,7 +21,8 @@ from memos.scheduler.units import HALF_LIFE_S, Costs, Estimate, State, Unit
 from memos.scheduler.worker import DONE, FAILED, Executor, Ledger, Outcome, Worker
 
 UNLIMITED = 1 << 62  # a budget that no engine is cut to
-_RESTS_S = 600.0  # after a move failed
+_RESTS_S = 30.0  # a unit whose move failed
+_MADE_RESTS_S = 600.0  # one that could not be built
 _GAPS = 3  # a unit is expected for so many of its usual gaps
 
 
@@ -405,7 +406,8 @@ class Scheduler:
             )
             self._last_actions[action.unit] = action
             if outcome.state == FAILED:
-                self._resting[action.unit] = self.clock() + _RESTS_S
+                rests = _RESTS_S if action.source is not None else _MADE_RESTS_S
+                self._resting[action.unit] = self.clock() + rests
             self._telemetry.moved(outcome)
             if outcome.state == DONE and action.kind not in (DROP, DEMOTE):
                 where = action.source or unit.kind

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 HOST, DISK = "host", "disk"
 _OPEN_S = 600.0  # a turn that was begun and not committed is given up after so long
 _CHUNK = 16  # blocks between two looks at whether a move is cancelled
+_READ = 64  # rows of sessions that nothing holds, looked at with every step
 _FEW = 8  # sessions that share a block: each new one changes what it costs the others
 
 
@@ -95,6 +97,7 @@ class KVSource:
         self._known: dict[str, _Known] = {}
         self._told: dict[str, Unit] = {}
         self._moved: tuple[str, ...] = ()
+        self._absent: OrderedDict[str, None] = OrderedDict()  # sessions of which no tier has all
         self._sharers: dict[bytes, set[str]] = {}
         self._was_in: dict[str, str] = {}
         memory.meter = self
@@ -187,6 +190,9 @@ class KVSource:
         """Engines moved blocks by themselves: where those of every session are is looked up."""
         with self._lock:
             self._moved = tuple(self._known)
+            for name in list(itertools.islice(self._absent, _READ)):
+                self._absent.move_to_end(name)
+                self._dirty[name] = None
 
     def _read(self, name: str) -> None:
         """Take in a session's row; of one that is gone, nothing stays."""
@@ -213,17 +219,19 @@ class KVSource:
             known, is_open = self._known.get(name), name in self._open
             if known is None:
                 self._was_in.pop(name, None)
+                self._absent.pop(name, None)
                 return self._opening(name) if is_open else None
             part = sum(1.0 / len(self._sharers[key]) for key in known.keys)
         tiers = (HOST, DISK) if self.has_disk else (HOST,)
         placed = self.memory.tenant.placed(known.keys)
         count = len(known.keys)
-        if not any(held for held, _ in placed.values()):  # all dropped, or it was deleted
-            with self._lock:
-                self._dirty[name] = None
         whole = max(size * count // max(held, 1) for held, size in placed.values())
         size = max(int(whole * part / max(count, 1)), 1)
         copies = frozenset(tier for tier in tiers if count and placed[tier][0] == count)
+        if copies:
+            self._absent.pop(name, None)
+        else:  # dropped, or deleted: that is found out by and by
+            self._absent.setdefault(name)
         self._was_in[name] = HOST if HOST in copies or not self.has_disk else DISK
         return Unit(
             self.id(name),
