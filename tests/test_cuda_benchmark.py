@@ -57,6 +57,19 @@ def test_table() -> None:
     assert lines[3].endswith("50 % of copy")
 
 
+def test_what_is_ready_is_asked_before_an_op_was_used() -> None:
+    """In a process of its own, as a stage begins."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import gpu, gpu_checks; "
+        "gpu.find_package(); print([gpu_checks.ready(op) for op in "
+        "('pack_kv', 'gather_blocks', 'apply_adapters_', 'rotate_positions_')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if gpu.why_not() is not None:
+        assert done.stdout.strip() == "[[], [], [], []]"
+
+
 @pytest.mark.parametrize("name", ["rates", "pool"])
 def test_a_stage_that_fails_says_so_and_nothing_more(name: str) -> None:
     """Each is a process of its own: what it said before is kept, and why it ended."""
