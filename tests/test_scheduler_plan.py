@@ -343,6 +343,9 @@ def test_a_half_done_move_leaves_the_unit_where_it_was() -> None:
     outcome = scheduler.last_actions()[0]
     assert (outcome.state, outcome.why) == (FAILED, "OSError: the disk is gone")
     memory.fails = set()
+    assert scheduler.run() == [], "it rests a while"
+    now = scheduler.clock() + 31.0
+    scheduler.clock = lambda: now
     scheduler.run()
     assert worker.wait(30)
     assert memory.copies == {("a", "disk"), ("a", "device")}
