@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _TILE = 8192  # numbers of a program: 64 per lane of 128
 _MAX_PROGRAMS = 2**31 - 1
 _KINDS = {"raw": 0, "int8": 1, "int4": 2, "int2": 3, "fp8": 4}
+# Older compilers make tens of thousands of instructions of it, and spill: seen with 3.6.
+HALVES = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9))
 _FIELDS = 8  # of a layer: address and block, token, head strides (in numbers) of K, then of V
 
 
@@ -102,15 +104,28 @@ def _extremes(low, high, A: tl.constexpr, N: tl.constexpr, FAR: tl.constexpr, SA
     By halves, so that afterwards each lane has numbers of its own: what is computed of them is not
     computed by every lane that took part.
     """
-    LOG: tl.constexpr = (N > 1) + (N > 2) + (N > 4) + (N > 8) + (N > 16) + (N > 32)
-    for i in tl.static_range(LOG):
-        a, b = _pairs(high, A * N >> i, FAR)
-        high = tl.maximum(a, b)
+    if HALVES:
+        LOG: tl.constexpr = (N > 1) + (N > 2) + (N > 4) + (N > 8) + (N > 16) + (N > 32)
+        for i in tl.static_range(LOG):
+            a, b = _pairs(high, A * N >> i, FAR)
+            high = tl.maximum(a, b)
+            if not SAME:
+                a, b = _pairs(low, A * N >> i, FAR)
+                low = tl.minimum(a, b)
+        high = tl.reshape(high, [A])
         if not SAME:
-            a, b = _pairs(low, A * N >> i, FAR)
-            low = tl.minimum(a, b)
-    high = tl.reshape(high, [A])
-    return high if SAME else tl.reshape(low, [A]), high
+            low = tl.reshape(low, [A])
+    elif FAR:
+        high = tl.max(tl.reshape(high, [N, A]), 0)
+        if not SAME:
+            low = tl.min(tl.reshape(low, [N, A]), 0)
+    else:
+        high = tl.max(tl.reshape(high, [A, N]), 1)
+        if not SAME:
+            low = tl.min(tl.reshape(low, [A, N]), 1)
+    if SAME:
+        low = high
+    return low, high
 
 
 @triton.jit
