@@ -17,6 +17,7 @@ NAMES = (
     *("kernels", "kv_restore", "kv_quality", "retrieval", "documents", "records"),
     *("adapters", "parametric", "adapter_merges"),
     *("versions", "memcube", "governance", "lifecycle"),
+    *("scheduler", "compose"),
 )
 BEGIN, END = "<!-- figures: make bench -->", "<!-- end of figures -->"
 
@@ -174,6 +175,53 @@ def learning() -> list[str]:
     return lines
 
 
+def scheduled() -> list[str]:
+    """One budget for many users, and which blocks of a trace were held."""
+    lines = ["| 60 users, host memory for a quarter of their caches | first token p50 | p95 |"]
+    lines.append("|---|---|---|")
+    users = {r["policy"]: r for r in load("scheduler")["rows"] if "users" in r}
+    names = {
+        "resident": "all of them in memory",
+        "none": "nothing kept",
+        "lru": "lru, no disk",
+        "lru, disk": "lru, a disk behind it",
+        "memos": "`mos.schedule`, a disk behind it",
+    }
+    for policy, name in names.items():
+        row = users[policy]
+        lines.append(f"| {name} | {row['ttft_p50_s']:.2f} s | {row['ttft_p95_s']:.2f} s |")
+    shares = (0.01, 0.05, 0.2)
+    lines += ["", "| prefix hits on an hour of a chat service, blocks held | 1 % | 5 % | 20 % |"]
+    lines.append("|---|---|---|---|")
+    rates = {
+        (r["policy"], r["capacity"]): r["hit_rate"]
+        for r in load("scheduler")["rows"]
+        if "hit_rate" in r
+    }
+    for policy in ("lru", "lfu", "s3fifo", "arc", "memos", "clairvoyant"):
+        cells = (f"{rates[policy, share]:.1%}" for share in shares)
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
+    return lines
+
+
+def composed() -> list[str]:
+    """Memories as KV in any order, beside a full prefill."""
+    rows = [r for r in load("compose")["rows"] if "kl" in r]
+    times = {r["share"]: r for r in load("compose")["rows"] if r["case"] == "time, raw"}
+    lines = ["| 4 memories of 256 tokens, in another order | KL to a prefill | top-1 | time |"]
+    lines.append("|---|---|---|---|")
+    for row in rows:
+        name, took = row["case"], ""
+        if name == "composed":
+            name += f", {row['share']:.0%} computed anew"
+            found = times.get(round(row["share"], 2))
+            took = "" if found is None else f"{found['share_of_prefill']:.0%}"
+        elif name not in ("no memory", "joined", "re-rotated"):
+            continue
+        lines.append(f"| {name} | {row['kl']:.3f} | {row['top1']:.0%} | {took} |")
+    return lines
+
+
 def table() -> str:
     lines = [
         "| | cold | warm in memory | restored | cut |",
@@ -202,6 +250,7 @@ def table() -> str:
     for op in ("gather_blocks", "write_blocks"):
         lines.append(f"| `{op}` | {share(op)} | | | |")
     lines += ["", *retrieval(), "", *records(), "", *adapters(), *learning(), "", *cubes()]
+    lines += ["", *scheduled(), "", *composed()]
     names = [*NAMES, *(["learning"] if (RESULTS / "learning.json").exists() else [])]
     results = [load(name) for name in names]
     machine = results[0]["machine"]
