@@ -37,6 +37,7 @@ class Signs:
 
     def __init__(self, seqs: Array, bits: Array, has: Array) -> None:
         self.seqs, self.bits, self.has = seqs, bits, has
+        self._without = numpy.flatnonzero(~has)
 
     def without(self, changed: Array) -> Signs:
         """Those of the cubes that did not change."""
@@ -63,8 +64,8 @@ class Signs:
         differ = numpy.zeros(len(self.seqs), numpy.int16)
         for row, own in zip(self.bits, wanted, strict=True):  # a row of them stays in the cache
             differ += _ones(row ^ own)
-        differ[~self.has] = _FARTHEST
-        count = min(count, int(self.has.sum()))
+        differ[self._without] = _FARTHEST
+        count = min(count, len(differ) - len(self._without))
         if not count:
             return self.seqs[:0]
         if count == len(differ):
