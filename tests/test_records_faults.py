@@ -441,7 +441,7 @@ def look(folder: Path, cubes: dict[str, Any]) -> list[MemosError]:
     attempt(lambda: tree.move("t2", "t1"))
     problems = attempt(lambda: check(records))
     errors += [StoreError(str(problem)) for problem in problems or ()]
-    records.close()
+    attempt(records.close)
     return errors
 
 

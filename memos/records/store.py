@@ -125,7 +125,10 @@ class Records:
         self._embedders: dict[int, tuple[str, int]] = {}
 
     def close(self) -> None:
-        """Write the uses that were counted and the edges they make, and close the file."""
+        """Write the uses that were counted and the edges they make, and close the file.
+
+        Raises StoreError where they cannot be written; the file is closed then too.
+        """
         try:
             self.uses.write()
             self.hebbian.write()
