@@ -167,8 +167,9 @@ def learning() -> list[str]:
     lines[-1] += "| old facts | minutes |"
     lines.append("|---|---|---|---|---|---|")
     for row in load("learning")["rows"]:
+        cut_off = f", cut off after {row['steps']} steps" if row["stopped"] == "minutes" else ""
         lines.append(
-            f"| {row['case']} | {row['recall']:.0%} | {row['recall_reworded']:.0%} "
+            f"| {row['case']}{cut_off} | {row['recall']:.0%} | {row['recall_reworded']:.0%} "
             f"| {row['anchor_kl']:.3f} | {-100 * row['old_fact_drop']:+.1f} points "
             f"| {row['minutes']:.1f} |"
         )
