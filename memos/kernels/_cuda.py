@@ -9,7 +9,6 @@ the order of the stream.
 
 from __future__ import annotations
 
-import functools
 from array import array
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 
 from memos.errors import ArgumentError, BackendError
 from memos.kernels._dims import contiguous
+from memos.kernels._module import loaded_once
 
 Caches = Sequence[torch.Tensor]
 
@@ -36,7 +36,6 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/codec/l
 _HALF = {torch.float16: 1, torch.bfloat16: 2}
 
 
-@functools.lru_cache(maxsize=1)
 def _load() -> tuple[Any, str | None]:
     try:
         from memos import _cuda as module
@@ -55,19 +54,7 @@ def _load() -> tuple[Any, str | None]:
     return module, None
 
 
-@functools.lru_cache(maxsize=1)
-def missing() -> str | None:
-    """None when CUDA kernels run here, else why not."""
-    return _load()[1]
-
-
-@functools.lru_cache(maxsize=1)
-def core() -> Any:
-    """The native module. Raises BackendError when it cannot run here."""
-    module, why = _load()
-    if why is not None:
-        raise BackendError(why)
-    return module
+missing, core = loaded_once(_load)
 
 
 def built() -> bool:

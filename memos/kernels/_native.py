@@ -6,19 +6,18 @@ the call returns. Native functions are single-threaded and release the GIL; work
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from memos import settings
-from memos.errors import ArgumentError, BackendError
+from memos.errors import ArgumentError
 from memos.kernels import _pool
+from memos.kernels._module import loaded_once
 
 # Below this many bytes a second thread costs more than it saves (about 20 us to wake one).
 _BYTES_PER_THREAD = 512 * 1024
 
 
-@functools.lru_cache(maxsize=1)
 def _load() -> tuple[Any, str | None]:
     try:
         from memos import _C
@@ -32,19 +31,7 @@ def _load() -> tuple[Any, str | None]:
     return _C, None
 
 
-@functools.lru_cache(maxsize=1)
-def missing() -> str | None:
-    """None when the native core runs here, else why not."""
-    return _load()[1]
-
-
-@functools.lru_cache(maxsize=1)
-def core() -> Any:
-    """The native module. Raises BackendError when it is not there."""
-    module, why = _load()
-    if why is not None:
-        raise BackendError(why)
-    return module
+missing, core = loaded_once(_load)
 
 
 def isa() -> str:
