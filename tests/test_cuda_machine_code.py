@@ -28,6 +28,9 @@ BUDGETS = {
     ("unpack_kernel", "f32"): (80, 34944, 6),
     ("unpack_kernel", "f16"): (80, 34944, 6),
     ("unpack_kernel", "bf16"): (80, 34944, 6),
+    ("unpack_kernel", "f32, turned"): (96, 34944, 5),
+    ("unpack_kernel", "f16, turned"): (96, 34944, 5),
+    ("unpack_kernel", "bf16, turned"): (96, 34944, 5),
     ("copy_kernel", "16 bytes"): (40, 0, 6),
     ("transfer_kernel", "16 bytes"): (40, 0, 6),
     ("turn_kernel", "f32"): (48, 0, 5),
@@ -83,7 +86,8 @@ def kernel_of(mangled: str) -> tuple[str, str] | None:
         return None
     numbers = re.findall(r"L[lb](\d)", m[2])
     if m[1] in ("pack_kernel", "unpack_kernel", "turn_kernel"):
-        return (m[1], DTYPES[int(numbers[0])]) if numbers[1] == "1" else None  # aligned
+        turned = ", turned" if numbers[2:] == ["1"] else ""
+        return (m[1], DTYPES[int(numbers[0])] + turned) if numbers[1] == "1" else None  # aligned
     if m[1] == "adapter_kernel":
         return m[1], DTYPES[int(numbers[0])]
     return (m[1], "16 bytes") if "uint4" in m[2] else None
@@ -161,7 +165,9 @@ def test_the_table_tells_narrow_loads_from_wide_ones() -> None:
         "pack_kernel",
         "bf16",
     )
-    assert kernel_of("_ZN5memos13unpack_kernelILl0ELb1EEEvNS1_6KvPartE") == ("unpack_kernel", "f32")
+    for last, name in (("0", "f32"), ("1", "f32, turned")):
+        mangled = f"_ZN5memos13unpack_kernelILl0ELb1ELb{last}EEEvNS1_6KvPartE"
+        assert kernel_of(mangled) == ("unpack_kernel", name)
     assert kernel_of("_ZN5memos11pack_kernelILl2ELb0EEEvNS1_6KvPartE") is None
     assert kernel_of("_ZN5memos11copy_kernelI5uint4EEvNS1_7RowCopyE") == ("copy_kernel", "16 bytes")
     assert kernel_of("_ZN5memos14adapter_kernelILl1EEEvNS1_11AdapterPartE") == (

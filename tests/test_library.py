@@ -65,6 +65,8 @@ def library_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     for name in ("raw", "int4", "fp8-g32-rot"):
         yield "pack_kv", (keys, values, IDS, name)
     yield "unpack_kv", (*caches(3), IDS, packed, "int4")
+    at = torch.arange(66).view(2, 33)
+    yield "unpack_kv", (*caches(3), IDS, packed, "int4", at, at + 90, turning()[3], True, 4)
     yield "rotate_positions_", (*turning(), False)
     yield "apply_adapters_", (y, x, table.rows, plan.order, plan.starts, module, table.max_rank)
     yield "merge_adapter", (numbers(9, 33), numbers(8, 33), numbers(9, 8), 0.5)
@@ -106,6 +108,14 @@ def unpack(keys: Any, values: Any, ids: torch.Tensor, packed: Any, codec: Codec)
     return keys[0].float().sum() + values[1].float().sum()
 
 
+def unpack_turned(
+    keys: Any, values: Any, ids: torch.Tensor, packed: Any, codec: Codec, at: torch.Tensor
+) -> torch.Tensor:
+    by = kernels.Rerotation(at, at + 90, torch.ones(12), True, 4)
+    kernels.unpack_kv(keys, values, ids, packed, codec, by)
+    return keys[0].float().sum() + values[1].float().sum()
+
+
 def turn(keys: Any, old: torch.Tensor, new: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     kernels.rotate_positions_(keys, old, new + 1, inv_freq)
     return keys[0].float().sum() + keys[1].float().sum()
@@ -129,6 +139,8 @@ def compiled_calls() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]
     yield "write_blocks", write, (numbers(3, 40), IDS, numbers(2, 40, seed=1))
     yield "pack_kv", pack, (keys, values, IDS, int4)
     yield "unpack_kv", unpack, (*caches(3), IDS, packed, int4)
+    at = torch.arange(66).view(2, 33)
+    yield "unpack_kv", unpack_turned, (*caches(3), IDS, packed, int4, at)
     yield "rotate_positions_", turn, turning()
     yield "apply_adapters_", apply, adapted()
     yield "merge_adapter", merge, (numbers(9, 33), numbers(8, 33), numbers(9, 8), 0.5)
@@ -145,7 +157,10 @@ def same(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(v if isinstance(v, AdapterTable) else copy.deepcopy(v) for v in values)
 
 
-@pytest.mark.parametrize("call", compiled_calls(), ids=NAMES)
+COMPILED = list(compiled_calls())
+
+
+@pytest.mark.parametrize("call", COMPILED, ids=[f.__name__ for _, f, _ in COMPILED])
 def test_one_graph_gives_the_bytes_of_eager_code(call: tuple[str, Any, tuple[Any, ...]]) -> None:
     name, function, arguments = call
     torch._dynamo.reset()

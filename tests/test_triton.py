@@ -166,19 +166,20 @@ def plan_spec() -> dict[str, Any]:
     }
 
 
-def kv_spec(codec: str, dtype: str, encode: bool, D: int = 128) -> dict[str, Any]:
-    """Blocks of 64 tokens, 8 heads of 128."""
+def kv_spec(codec: str, dtype: str, encode: bool, half: int = 0) -> dict[str, Any]:
+    """Blocks of 64 tokens, 8 heads of 128, of which ``half`` pairs of channels turn."""
     import torch
     from memos.triton_kernels import kv
 
     from memos.kernels import Codec
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    constants, _, warps = kv.constants_of(Codec.parse(codec), 64, 8, D, D, kind)
+    constants, _, warps = kv.constants_of(Codec.parse(codec), 64, 8, 128, 128, kind, half > 0)
+    constants |= {"HALF": half, "FIRST": 0, "PAIRS": False}
     return {
         "kernel": kv._kv_kernel,
         "types": {"layers_ptr": "*i64", "ids_ptr": "*i64", "packed_ptr": "*u8", "rows_ptr": "*i64",
-                  "L": "i32"},
+                  "angles_ptr": "*fp32", "L": "i32"},
         "constants": {**constants, "ENCODE": encode, "APART": False, "ALIGNED": True},
         "warps": warps,
         "stages": 1,
@@ -217,6 +218,14 @@ BUDGETS: dict[str, tuple[Callable[[], dict[str, Any]], int, int, tuple[str, ...]
     "unpack int4 bf16": (lambda: kv_spec("int4", "bf16", False), 128, 16384, WIDE),
     "unpack int4 fp32": (lambda: kv_spec("int4", "fp32", False), 112, 8192, WIDE),
     "unpack fp8 fp16": (lambda: kv_spec("fp8", "fp16", False), 128, 16384, WIDE),
+    "unpack int4 turned bf16": (lambda: kv_spec("int4", "bf16", False, 64), 80, 32768, WIDE),
+    "unpack int4 turned fp32": (lambda: kv_spec("int4", "fp32", False, 64), 80, 32768, WIDE),
+    "unpack int4 partly turned bf16": (
+        lambda: kv_spec("int4", "bf16", False, 32),
+        128,
+        65536,
+        WIDE,
+    ),
     "apply bf16": (lambda: apply_spec("_apply_kernel", "bf16", 16), 144, 32768, STAGED),
     "apply fp16": (lambda: apply_spec("_apply_kernel", "fp16", 16), 104, 32768, STAGED),
     "apply fp32": (lambda: apply_spec("_apply_kernel", "fp32", 16), 96, 16384, WIDE),

@@ -30,6 +30,7 @@ from memos.kernels import AdapterTable, Codec, _native
 sys.path.insert(0, str(Path(__file__).parent))
 adapters = importlib.import_module("test_adapter_ops")
 golden = importlib.import_module("test_golden")
+rerotation = importlib.import_module("test_rerotation")
 table_of_ops = importlib.import_module("test_ops")
 kernels.load_all()
 
@@ -156,6 +157,12 @@ def test_packed_bytes_are_those_of_the_cpu(dtype: torch.dtype) -> None:
         target = [torch.zeros_like(t) for t in keys], [torch.zeros_like(t) for t in values]
         rows = kernels.PackedRows(packed) if seed % 3 == 0 else packed
         assert_same("unpack_kv", (*target, ids, rows, parsed), label)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_turn_as_on_the_cpu_while_they_are_unpacked(dtype: torch.dtype) -> None:
+    for label, arguments in rerotation.cases(dtype, ("raw", "int4-g32-rot", "fp8-g64")):
+        assert_same("unpack_kv", arguments, label)
 
 
 @pytest.mark.parametrize("codec", golden.CODECS)

@@ -28,9 +28,12 @@ from memos.triton_kernels.codec import (
     stored,
     value_of,
 )  # fmt: skip
+from memos.triton_kernels.rope import turned_keys, turns
+from memos.triton_kernels.rounding import rounded
 
 if TYPE_CHECKING:
     from memos.kernels.codec import Codec, Scheme
+    from memos.kernels.rerotation import Rerotation
 
 _TILE = 8192  # numbers of a program: 64 per lane of 128
 _MAX_PROGRAMS = 2**31 - 1
@@ -220,8 +223,9 @@ def _encode(numbers, token_stride, section, h, tile, KIND: tl.constexpr, CHANNEL
 def _decode(numbers, token_stride, section, h, tile, KIND: tl.constexpr, CHANNELS: tl.constexpr,
             GROUP: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, P: tl.constexpr,
             D: tl.constexpr, T: tl.constexpr, C: tl.constexpr, WORD: tl.constexpr,
-            SCALES: tl.constexpr, ZEROS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """The inverse of ``_encode``."""
+            SCALES: tl.constexpr, ZEROS: tl.constexpr, DTYPE: tl.constexpr, angles,
+            HALF: tl.constexpr, FIRST: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """The inverse of ``_encode``. HALF > 0: turned, see ``turned_keys``; a tile has whole rows."""
     CHUNKS: tl.constexpr = (D + C - 1) // C
     i = tile // CHUNKS
     c0 = (tile % CHUNKS) * C
@@ -232,7 +236,15 @@ def _decode(numbers, token_stride, section, h, tile, KIND: tl.constexpr, CHANNEL
     if KIND == RAW:
         words = _words_at(section, 0, WORD) + (h * P + t)[:, None] * D + c[None, :]
         raw = where.to(tl.pointer_type(WORD), bitcast=True)
-        tl.store(raw, tl.load(words, mask=inside, other=0), mask=inside)
+        if HALF > 0:
+            stays = inside & ~turns(c, HALF, FIRST)[None, :]
+            tl.store(raw, tl.load(words, mask=stays, other=0), mask=stays)
+            moves = inside & turns(c, HALF, FIRST)[None, :]
+            x = tl.load(words.to(tl.pointer_type(DTYPE), bitcast=True), mask=moves, other=0.0)
+            x = turned_keys(x.to(tl.float32), angles, t, c, P, T, C, HALF, FIRST, PAIRS)
+            tl.store(where, rounded(x, DTYPE), mask=moves)
+        else:
+            tl.store(raw, tl.load(words, mask=inside, other=0), mask=inside)
     else:
         BITS: tl.constexpr = 4 if KIND == INT4 else 2 if KIND == INT2 else 8
         PER: tl.constexpr = WORD.primitive_bitwidth // BITS
@@ -278,12 +290,14 @@ def _decode(numbers, token_stride, section, h, tile, KIND: tl.constexpr, CHANNEL
             x = tl.reshape(x, [T, C])
         if ROTATE > 1:
             x = rotated(x, T, C, ROTATE, NORM)
+        if HALF > 0:
+            x = turned_keys(x, angles, t, c, P, T, C, HALF, FIRST, PAIRS)
         tl.store(where, stored(x, DTYPE), mask=inside)
 
 
 @triton.jit
 def _kv_kernel(
-    layers_ptr, ids_ptr, packed_ptr, rows_ptr, L, H: tl.constexpr, P: tl.constexpr,
+    layers_ptr, ids_ptr, packed_ptr, rows_ptr, angles_ptr, L, H: tl.constexpr, P: tl.constexpr,
     DTYPE: tl.constexpr, ALIGNED: tl.constexpr, ENCODE: tl.constexpr, APART: tl.constexpr,
     BYTES: tl.constexpr, V_AT: tl.constexpr, K_TILES: tl.constexpr, V_TILES: tl.constexpr,
     K_KIND: tl.constexpr, K_ROTATE: tl.constexpr, K_NORM: tl.constexpr, K_D: tl.constexpr,
@@ -292,12 +306,14 @@ def _kv_kernel(
     V_KIND: tl.constexpr, V_GROUP: tl.constexpr, V_ROTATE: tl.constexpr, V_NORM: tl.constexpr,
     V_D: tl.constexpr, V_T: tl.constexpr, V_C: tl.constexpr, V_WORD: tl.constexpr,
     V_SCALES: tl.constexpr, V_ZEROS: tl.constexpr, V_CODES_END: tl.constexpr, V_END: tl.constexpr,
+    HALF: tl.constexpr, FIRST: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """One program encodes (or decodes) one tile of one head of K or V of one layer of one block.
 
     layers [L, 8] int64: addresses and strides; ids [M] int64; packed [M, L, BYTES] uint8, or, where
     its blocks lie APART, rows [M] int64 addresses of [L, BYTES]. Grid: M * L * H * (K_TILES +
     V_TILES), tiles of K first. Neighbours work on one block, where DRAM has their rows together.
+    angles [M, P, 2, HALF] float32: where HALF > 0, keys turn by them while they are decoded.
     """
     TILES: tl.constexpr = H * (K_TILES + V_TILES)
     pid = tl.program_id(0)
@@ -324,8 +340,10 @@ def _kv_kernel(
                 _clear(row, K_CODES_END, K_SCALES)
                 _clear(row, K_END, V_AT)
         else:
+            angles = angles_ptr + m.to(tl.int64) * (P * 2 * HALF)
             _decode(numbers, stride, row, h, i, K_KIND, True, K_T, K_ROTATE, K_NORM, P, K_D, K_T,
-                    K_C, K_WORD, K_SCALES, K_ZEROS, DTYPE)  # fmt: skip
+                    K_C, K_WORD, K_SCALES, K_ZEROS, DTYPE, angles, HALF, FIRST,
+                    PAIRS)  # fmt: skip
     else:
         h = (tile - H * K_TILES) // V_TILES
         i = (tile - H * K_TILES) % V_TILES
@@ -339,11 +357,12 @@ def _kv_kernel(
                 _clear(section, V_END, BYTES - V_AT)
         else:
             _decode(numbers, stride, section, h, i, V_KIND, False, V_GROUP, V_ROTATE, V_NORM, P,
-                    V_D, V_T, V_C, V_WORD, V_SCALES, V_ZEROS, DTYPE)  # fmt: skip
+                    V_D, V_T, V_C, V_WORD, V_SCALES, V_ZEROS, DTYPE, angles_ptr, 0, 0,
+                    False)  # fmt: skip
 
 
 def _side(
-    scheme: Scheme, P: int, H: int, D: int, itemsize: int, *, keys: bool
+    scheme: Scheme, P: int, H: int, D: int, itemsize: int, *, keys: bool, turns: bool = False
 ) -> tuple[dict[str, Any], int]:
     """The constants of K or V for the kernel, and the tiles of one head."""
     codes, params = scheme.parts(P, H, D, itemsize, keys)
@@ -358,7 +377,7 @@ def _side(
     else:
         word = tl.uint32 if D * bits % 32 == 0 else tl.uint16
         if keys:  # channels may go apart: whole blocks of the rotation, few beyond the last
-            C = min(width, 64 if -(-D // 64) * 64 < -(-D // 128) * 128 else 128)
+            C = width if turns else min(width, 64 if -(-D // 64) * 64 < -(-D // 128) * 128 else 128)
             C, T = max(C, rotate), scheme.group
             groups = -(-P // T) * D
         else:
@@ -386,11 +405,11 @@ def _side(
 
 @functools.lru_cache(maxsize=64)
 def constants_of(
-    codec: Codec, P: int, H: int, Dk: int, Dv: int, dtype: torch.dtype
+    codec: Codec, P: int, H: int, Dk: int, Dv: int, dtype: torch.dtype, turns: bool = False
 ) -> tuple[dict[str, Any], int, int]:
     """What the kernel is compiled for, programs of one layer of one block, and warps."""
     itemsize = dtype.itemsize
-    k, k_tiles = _side(codec.key, P, H, Dk, itemsize, keys=True)
+    k, k_tiles = _side(codec.key, P, H, Dk, itemsize, keys=True, turns=turns)
     v, v_tiles = _side(codec.value, P, H, Dv, itemsize, keys=False)
     constants: dict[str, Any] = {
         "H": H,
@@ -404,7 +423,9 @@ def constants_of(
     for letter, side in (("K", k), ("V", v)):
         constants |= {f"{letter}_{name}": value for name, value in side.items()}
     most = max(k["T"] * k["C"], v["T"] * v["C"])
-    return constants, H * (k_tiles + v_tiles), min(16, max(1, most // 2048))
+    # Keys that turn hold their pairs and angles too: with 64 numbers a lane, registers spill.
+    warps = min(16, max(1, most // (512 if turns else 2048)))
+    return constants, H * (k_tiles + v_tiles), warps
 
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -441,12 +462,14 @@ def _run(
     codec: Codec,
     packed: torch.Tensor | None,
     addresses: array[int] | None,
+    rerotate: Rerotation | None = None,
     *,
     encode: bool,
 ) -> None:
     key, value = keys[0], values[0]
     _, P, H, Dk = key.shape
-    constants, tiles, warps = constants_of(codec, P, H, Dk, value.shape[3], key.dtype)
+    half = 0 if rerotate is None else len(rerotate.inv_freq)
+    constants, tiles, warps = constants_of(codec, P, H, Dk, value.shape[3], key.dtype, half > 0)
     M, L = len(block_ids), len(keys)
     if not M * tiles:
         return
@@ -466,12 +489,16 @@ def _run(
         assert packed is not None
         places |= packed.data_ptr()
         rows = block_ids  # not read
+    angles, first, pairs = block_ids, 0, False
+    if rerotate is not None and half:
+        angles = rerotate.table_on(key.device)
+        first, pairs = rerotate.first, rerotate.interleaved
     with torch.cuda.device_of(key):
         _kv_kernel[(M * L * tiles,)](
             _table_on_device(table.tobytes(), key.device), block_ids,
-            block_ids if packed is None else packed, rows, L, ALIGNED=places % 16 == 0,
-            ENCODE=encode, APART=packed is None, **constants, num_warps=warps, num_stages=1,
-            enable_fp_fusion=False,
+            block_ids if packed is None else packed, rows, angles, L, ALIGNED=places % 16 == 0,
+            ENCODE=encode, APART=packed is None, **constants, HALF=half, FIRST=first, PAIRS=pairs,
+            num_warps=warps, num_stages=1, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -499,6 +526,7 @@ def unpack_kv(
     block_ids: torch.Tensor,
     packed: torch.Tensor | array[int],
     codec: Codec,
+    rerotate: Rerotation | None = None,
 ) -> None:
     """The contract is the op's, ``memos.kernels.unpack_kv``; one launch on the current stream.
 
@@ -507,6 +535,6 @@ def unpack_kv(
             copied there at each call: not for a captured graph).
     """
     if isinstance(packed, torch.Tensor):
-        _run(keys, values, block_ids, codec, packed, None, encode=False)
+        _run(keys, values, block_ids, codec, packed, None, rerotate, encode=False)
     else:
-        _run(keys, values, block_ids, codec, None, packed, encode=False)
+        _run(keys, values, block_ids, codec, None, packed, rerotate, encode=False)

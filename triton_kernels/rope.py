@@ -61,6 +61,46 @@ def _turn_kernel(
         tl.store(where + HALF, rounded(b * cosine + a * sine, DTYPE), mask=inside)
 
 
+@triton.jit
+def turns(c, HALF: tl.constexpr, FIRST: tl.constexpr):
+    """Which of the channels ``c`` turn: [FIRST, FIRST + 2 HALF)."""
+    return (c >= FIRST) & (c < FIRST + 2 * HALF)
+
+
+@triton.jit
+def turned_keys(x, angles, t, c, P: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+                HALF: tl.constexpr, FIRST: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """Rows x [T, C] of float32, turned by angles [P, 2, HALF], the cosines and sines of token t.
+
+    PAIRS: channels (2i, 2i + 1) turn together, else (i, i + HALF); FIRST is the first of them.
+    """
+    at = c - FIRST
+    if PAIRS:
+        second = at % 2 == 1
+        pair = at // 2
+        step = 1
+    else:
+        second = at >= HALF
+        pair = tl.where(second, at - HALF, at)
+        step = HALF
+    inside = (t < P)[:, None] & turns(c, HALF, FIRST)[None, :]
+    angle = angles + t.to(tl.int64)[:, None] * (2 * HALF) + pair[None, :]
+    cosine = tl.load(angle, mask=inside, other=0.0)
+    sine = tl.load(angle + HALF, mask=inside, other=0.0)
+    if PAIRS and FIRST % 2 == 0:
+        a, b = tl.split(tl.reshape(x, [T, C // 2, 2]))
+        y = tl.reshape(tl.join(b, a), [T, C])
+    elif not PAIRS and FIRST == 0 and 2 * HALF == C:
+        a, b = tl.split(tl.permute(tl.reshape(x, [T, 2, HALF]), (0, 2, 1)))
+        y = tl.reshape(tl.permute(tl.join(b, a), (0, 2, 1)), [T, C])
+    else:
+        other = tl.where(second, c - step, c + step)
+        other = tl.minimum(tl.maximum(other, 0), C - 1)
+        y = tl.gather(x, tl.broadcast_to(other[None, :], [T, C]), 1)
+    turned = tl.where(second[None, :], x * cosine + y * sine, x * cosine - y * sine)
+    return tl.where(turns(c, HALF, FIRST)[None, :], turned, x)
+
+
 def sizes_of(T: int, half: int) -> tuple[int, int]:
     """C and TOKENS."""
     C = triton.next_power_of_2(half)

@@ -14,6 +14,14 @@ struct LayerView {
   i64 v, v_block, v_token, v_head;
 };
 
+// How unpack_kv turns keys on to other positions: pair i of a token by the angle whose cosine and
+// sine are table[m][p][0][i] and table[m][p][1][i].
+struct KeyTurn {
+  i64 table;        // address of float[M][P][2][half], where the numbers are; 0: they stay
+  i64 half, first;  // half pairs of the channels [first, first + 2 * half)
+  i64 interleaved;  // a pair is (2i, 2i + 1), else (i, i + half)
+};
+
 // One call of pack_kv or unpack_kv. memos/kernels/kv.py builds it, field by field as int64. The
 // tables `layers` and `rows` are in host memory for every backend; `block_ids` is where the numbers
 // are.
@@ -27,6 +35,7 @@ struct KvCall {
   i64 k_kind, k_group, k_rotate;
   i64 v_kind, v_group, v_rotate;
   i64 row_bytes;  // of one layer of one block
+  KeyTurn turn;   // of unpack_kv
 };
 constexpr i64 kKvCallFields = sizeof(KvCall) / sizeof(i64);
 

@@ -11,6 +11,7 @@ namespace memos::cpu {
 
 using memos::AdapterFactors;
 using memos::i64;
+using memos::KeyTurn;
 using memos::kKvCallFields;
 using memos::KvCall;
 using memos::LayerView;

@@ -1,6 +1,8 @@
 // The one body of the CPU kernels. Included by one file per instruction set, which says how many
 // floats a vector has (MEMOS_LANES). No allocation, no statics, nothing with external linkage.
-// tiles.inl has the arithmetic loops, rotate.inl the rotation; here heads, sections and tasks.
+// tiles.inl has the arithmetic loops, rotate.inl the rotation of the head dimension, rope.inl that
+// of positions; here heads, sections and tasks.
+#include "cpu/rope.inl"
 #include "cpu/rotate.inl"
 #include "cpu/tiles.inl"
 
@@ -15,6 +17,7 @@ struct Head {
   i64 P, D;
   const char* next;  // where the numbers of the head that follows begin
   bool stream;       // store the codes past the caches
+  KeyTurn turn;      // of its numbers, the table that of its first token
 };
 
 template <int W, i64 kSource, i64 kKind, bool kPerChannel>
@@ -67,6 +70,53 @@ MEMOS_HD void decode_tile(const char* codes, i64 row_bytes, const char* scales, 
     });
 }
 
+// The angles of token t of a head.
+MEMOS_HD const float* angles_of(const KeyTurn& turn, i64 t) {
+  return reinterpret_cast<const float*>(turn.table) + t * 2 * turn.half;
+}
+
+template <int W>
+MEMOS_HD void turn_pairs(Pair<W>& a, Pair<W>& b, const float* cosines, const float* sines) {
+  const Pair<W> c = load_pair<W, kF32>(reinterpret_cast<const char*>(cosines), 0);
+  const Pair<W> s = load_pair<W, kF32>(reinterpret_cast<const char*>(sines), 0);
+  turn(a.even, b.even, c.even, s.even);
+  turn(a.odd, b.odd, c.odd, s.odd);
+}
+
+// A row of floats in Pair order, turned, to numbers.
+template <int W, i64 kDtype>
+MEMOS_HD void store_turned(const char* row, i64 D, const KeyTurn& by, const float* angles,
+                           char* dst) {
+  const i64 half = by.half, first = by.first, end = first + 2 * half;
+  const bool in_pairs = (first | (by.interleaved ? 2 * half : half)) % (2 * W) == 0;
+  if (!in_pairs) {  // a turn begins or ends within a Pair
+    alignas(64) float plain[kMaxHeadDim];
+    char* at = reinterpret_cast<char*>(plain);
+    for (i64 c = 0; c < D; c += 2 * W) store_pair<W, kF32>(at, c, load_pair<W, kScratch>(row, c));
+    turn_row<W, kF32>(at + 4 * first, half, by.interleaved != 0, angles);
+    for (i64 c = 0; c < D; c += 2 * W) store_pair<W, kDtype>(dst, c, load_pair<W, kF32>(at, c));
+    return;
+  }
+  for (i64 c = 0; c < D; c += 2 * W)
+    if (c < first || c >= end) store_pair<W, kDtype>(dst, c, load_pair<W, kScratch>(row, c));
+  if (by.interleaved) {
+    for (i64 i = 0; i < half; i += W) {
+      Pair<W> x = load_pair<W, kScratch>(row, first + 2 * i);
+      turn(x.even, x.odd, load_as<typename Vec<W>::F>(angles + i),
+           load_as<typename Vec<W>::F>(angles + half + i));
+      store_pair<W, kDtype>(dst, first + 2 * i, x);
+    }
+  } else {
+    for (i64 i = 0; i < half; i += 2 * W) {
+      Pair<W> a = load_pair<W, kScratch>(row, first + i);
+      Pair<W> b = load_pair<W, kScratch>(row, first + half + i);
+      turn_pairs<W>(a, b, angles + i, angles + half + i);
+      store_pair<W, kDtype>(dst, first + i, a);
+      store_pair<W, kDtype>(dst, first + half + i, b);
+    }
+  }
+}
+
 template <int W, i64 kDtype, i64 kKind, bool kPerChannel>
 void decode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
   alignas(64) float tile[kTileTokens * kMaxHeadDim];
@@ -78,6 +128,19 @@ void decode_head(const Head& head, i64 G, bool rotate, i64 row_bytes) {
     char* dst = head.numbers + t * head.token_bytes;
     const char* codes = head.codes + t * row_bytes;
     const char *scales = head.scales + i * params, *zeros = head.zeros + i * params;
+    if constexpr (kPerChannel) {
+      if (head.turn.table) {
+        decode_tile<W, kScratch, kKind, true>(codes, row_bytes, scales, zeros, T, D, G, scratch,
+                                              4 * D);
+        if (rotate)
+          move_rows<W, kScratch, kScratch, false>({scratch, 4 * D, scratch}, scratch, 4 * D, T, D,
+                                                  true);
+        for (i64 r = 0; r < T; ++r)
+          store_turned<W, kDtype>(scratch + r * 4 * D, D, head.turn, angles_of(head.turn, t + r),
+                                  dst + r * head.token_bytes);
+        continue;
+      }
+    }
     if (!rotate) {
       decode_tile<W, kDtype, kKind, kPerChannel>(codes, row_bytes, scales, zeros, T, D, G, dst,
                                                  head.token_bytes);
@@ -161,6 +224,15 @@ void copy_raw(const Head& head, i64 row_bytes, bool stream) {
   }
 }
 
+// Rows that were copied as they are, turned in place.
+template <i64 kDtype>
+void turn_copied(const Head& head) {
+  for (i64 t = 0; t < head.P; ++t)
+    turn_row<MEMOS_LANES, kDtype>(
+        head.numbers + t * head.token_bytes + head.turn.first * item_bytes(kDtype), head.turn.half,
+        head.turn.interleaved != 0, angles_of(head.turn, t));
+}
+
 // The numbers of K or V of one block of one layer.
 struct Numbers {
   char* at;
@@ -170,7 +242,8 @@ struct Numbers {
 // K (per_channel) or V of one block of one layer; `next` is the one that follows.
 template <bool kEncode>
 void do_section(const Numbers& numbers, const Numbers& next, const Scheme& s, const KvCall& call,
-                i64 D, bool per_channel, char* packed, const Section& section, bool stream) {
+                i64 D, bool per_channel, char* packed, const Section& section, const KeyTurn& turn,
+                bool stream) {
   const i64 where = reinterpret_cast<i64>(numbers.at) | numbers.token_bytes | numbers.head_bytes;
   const bool aligned = where % (4 * MEMOS_LANES) == 0;
   const bool past = stream && aligned && call.dtype == kBf16 && !kEncode;
@@ -184,12 +257,17 @@ void do_section(const Numbers& numbers, const Numbers& next, const Scheme& s, co
         call.P,
         D,
         h + 1 < call.H ? numbers.at + (h + 1) * numbers.head_bytes : next.at,
-        stream && (reinterpret_cast<i64>(packed) | call.P * section.row_bytes) % 32 == 0};
-    if (s.kind == kRaw)
-      copy_raw<kEncode>(head, section.row_bytes, stream);
-    else
+        stream && (reinterpret_cast<i64>(packed) | call.P * section.row_bytes) % 32 == 0,
+        turn};
+    if (s.kind == kRaw) {
+      copy_raw<kEncode>(head, section.row_bytes, stream && !turn.table);
+      if (turn.table && call.dtype == kBf16) turn_copied<kBf16>(head);
+      if (turn.table && call.dtype == kF16) turn_copied<kF16>(head);
+      if (turn.table && call.dtype == kF32) turn_copied<kF32>(head);
+    } else {
       head_of_width<kEncode, MEMOS_LANES>(head, s, past ? kBf16Streamed : call.dtype, per_channel,
                                           section.row_bytes);
+    }
   }
   if (kEncode) {
     std::memset(packed + section.padding_at[0], 0, section.scales_at - section.padding_at[0]);
@@ -224,8 +302,10 @@ void do_tasks(const KvCall& call, i64 first, i64 last) {
     char* packed = reinterpret_cast<char*>(rows[task % call.M]) + task / call.M * call.row_bytes;
     const Numbers values = values_of(task);
     const Numbers next = keys_of(task + 1 < last ? task + 1 : task);
-    do_section<kEncode>(keys, values, k, call, call.Dk, true, packed, ks, stream);
-    do_section<kEncode>(values, next, v, call, call.Dv, false, packed + ks.bytes, vs, stream);
+    KeyTurn turn = kEncode ? KeyTurn{} : call.turn;
+    if (turn.table) turn.table += task % call.M * call.P * 2 * turn.half * i64{sizeof(float)};
+    do_section<kEncode>(keys, values, k, call, call.Dk, true, packed, ks, turn, stream);
+    do_section<kEncode>(values, next, v, call, call.Dv, false, packed + ks.bytes, vs, {}, stream);
     keys = next;
   }
   if (stream) end_stream();

@@ -69,6 +69,15 @@ MEMOS_HD void turn_neighbours(char* row, i64 half, const float* cosines, const f
   }
 }
 
+// The pairs of a row from `row` on, whose angles are [2][half].
+template <int W, i64 kDtype>
+MEMOS_HD void turn_row(char* row, i64 half, bool interleaved, const float* angles) {
+  if (interleaved)
+    turn_neighbours<W, kDtype>(row, half, angles, angles + half);
+  else
+    turn_halves<W, kDtype>(row, half, angles, angles + half);
+}
+
 template <i64 kDtype>
 void turn_rows(const TurnCall& call, i64 first, i64 last) {
   constexpr int W = MEMOS_LANES;
@@ -80,14 +89,9 @@ void turn_rows(const TurnCall& call, i64 first, i64 last) {
     const i64 row = task % per_layer / call.H, head = task % call.H;
     char* at = reinterpret_cast<char*>(view.keys) +
                (row * view.row + head * view.head) * item_bytes(kDtype);
-    for (i64 t = 0; t < call.T; ++t) {
-      const float *cosines = table + t * 2 * call.half, *sines = cosines + call.half;
-      char* token = at + t * view.token * item_bytes(kDtype);
-      if (call.interleaved)
-        turn_neighbours<W, kDtype>(token, call.half, cosines, sines);
-      else
-        turn_halves<W, kDtype>(token, call.half, cosines, sines);
-    }
+    for (i64 t = 0; t < call.T; ++t)
+      turn_row<W, kDtype>(at + t * view.token * item_bytes(kDtype), call.half,
+                          call.interleaved != 0, table + t * 2 * call.half);
   }
 }
 

@@ -37,6 +37,8 @@ struct KvPart {
   i64 layer_offset;  // of layers[0] in a row
   int L, M, P, H;
   Side side[2];
+  const float* angles;  // of the first block: [P][2][half]; of unpack_kv
+  int half, first_channel, interleaved;
 };
 
 // A block of threads' own part: tokens [first, first + tokens) of one head.
@@ -45,7 +47,8 @@ struct Work {
   int head, tile, first, tokens;
   char* numbers;  // the first token's row
   i64 token_bytes;
-  char* packed;  // the section
+  char* packed;         // the section
+  const float* angles;  // of token `first`
 };
 
 template <i64 kDtype>
@@ -71,6 +74,7 @@ __device__ __forceinline__ Work work_of(const KvPart& part) {
   const i64 offset = part.block_ids[m] * block + w.first * token + w.head * head;
   w.numbers = in_global(base + offset * kItem<kDtype>);
   const i64 row = part.row_stride ? part.rows[0] + m * part.row_stride : part.rows[m];
+  w.angles = part.angles + static_cast<i64>(m * part.P + w.first) * 2 * part.half;
   w.packed = in_global(row + (part.layer_offset + layer) * part.row_bytes + side.offset);
   return w;
 }
@@ -244,6 +248,9 @@ void over_parts(const KvCall& c, Launch&& launch) {
   part.row_bytes = c.row_bytes;
   part.P = static_cast<int>(c.P);
   part.H = static_cast<int>(c.H);
+  part.half = static_cast<int>(c.turn.table ? c.turn.half : 0);
+  part.first_channel = static_cast<int>(c.turn.first);
+  part.interleaved = c.turn.interleaved != 0;
   const i64 stride = c.M > 1 ? rows[1] - rows[0] : c.row_bytes * c.L;
   bool even = stride != 0;
   for (i64 m = 1; m < c.M && even; ++m) even = rows[m] - rows[m - 1] == stride;
@@ -255,6 +262,7 @@ void over_parts(const KvCall& c, Launch&& launch) {
   for (i64 m = 0; m < c.M; m += step) {
     part.M = static_cast<int>(c.M - m < step ? c.M - m : step);
     part.block_ids = reinterpret_cast<const i64*>(c.block_ids) + m;
+    part.angles = reinterpret_cast<const float*>(c.turn.table) + m * c.P * 2 * part.half;
     for (i64 i = 0; i < (even ? 1 : part.M); ++i) part.rows[i] = rows[m + i];
     for (i64 l = 0; l < c.L; l += kLayersAtOnce) {
       part.L = static_cast<int>(c.L - l < kLayersAtOnce ? c.L - l : kLayersAtOnce);

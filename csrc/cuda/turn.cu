@@ -3,7 +3,7 @@
 
 #include "codec/layout.h"
 #include "cuda/kernels.h"
-#include "cuda/numbers.cuh"
+#include "cuda/turn.cuh"
 
 namespace memos::cuda {
 namespace {
@@ -19,52 +19,6 @@ struct TurnPart {
   int blocks;  // of threads, of one head
   bool interleaved;
 };
-
-template <i64 kDtype>
-__device__ __forceinline__ float read_number(const char* p) {
-  if constexpr (kDtype == kF32)
-    return *reinterpret_cast<const float*>(p);
-  else
-    return number<kDtype>(*reinterpret_cast<const std::uint16_t*>(p));
-}
-
-template <i64 kDtype>
-__device__ __forceinline__ void write_number(char* p, float x) {
-  if constexpr (kDtype == kF32)
-    *reinterpret_cast<float*>(p) = x;
-  else
-    *reinterpret_cast<std::uint16_t*>(p) = static_cast<std::uint16_t>(rounded<kDtype>(x));
-}
-
-// kCount numbers in words of 16 bytes.
-template <i64 kDtype, int kCount>
-__device__ __forceinline__ void read_numbers(const char* p, float (&x)[kCount]) {
-  const Words r = load_words<kCount * kItem<kDtype> / 4>(p);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    x[i] = kDtype == kF32
-               ? bit_cast<float>(r.w[i])
-               : number<kDtype == kF32 ? kBf16 : kDtype>(r.w[i / 2] >> (16 * (i % 2)) & 0xffffu);
-}
-
-template <i64 kDtype, int kCount>
-__device__ __forceinline__ void write_numbers(char* p, const float (&x)[kCount]) {
-  Words r{};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if constexpr (kDtype == kF32)
-      r.w[i] = bit_cast<u32>(x[i]);
-    else
-      r.w[i / 2] |= (rounded<kDtype>(x[i]) & 0xffffu) << (16 * (i % 2));
-  }
-  store_words<kCount * kItem<kDtype> / 4>(p, r);
-}
-
-__device__ __forceinline__ void turn(float& a, float& b, float c, float s) {
-  const float x = sub(mul(a, c), mul(b, s));
-  b = add(mul(b, c), mul(a, s));
-  a = x;
-}
 
 // A thread turns one piece of one token of one head: kPairs pairs (16 bytes of each half), or one.
 template <i64 kDtype, bool kWide>

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from memos.kernels.codec import Codec
     from memos.kernels.hashing import hash_blocks
     from memos.kernels.kv import PackedRows, pack_kv, unpack_kv
+    from memos.kernels.rerotation import Rerotation
     from memos.kernels.rope import rotate_positions_
 
 _HOME = {
@@ -32,6 +33,7 @@ _HOME = {
     "pack_kv": "kv",
     "unpack_kv": "kv",
     "PackedRows": "kv",
+    "Rerotation": "rerotation",
     "rotate_positions_": "rope",
     "hash_blocks": "hashing",
     "Codec": "codec",
@@ -48,6 +50,7 @@ __all__ = [
     "AdapterTable",
     "Codec",
     "PackedRows",
+    "Rerotation",
     "apply_adapters_",
     "available",
     "gather_blocks",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from memos.kernels.adapters import AdapterPlan, AdapterTable
     from memos.kernels.codec import Codec
     from memos.kernels.kv import PackedRows
+    from memos.kernels.rerotation import Rerotation
 
 _MAX_HEAD_DIM = 1024  # csrc/codec/layout.h
 # The adapter kernel reads A again for every 8 tokens and slice of 256 outputs: right for decoding,
@@ -131,6 +132,7 @@ def _takes_packed(
     block_ids: torch.Tensor,
     packed: torch.Tensor | PackedRows,
     codec: Codec,
+    rerotate: Rerotation | None = None,
 ) -> bool:
     rows = [packed] if isinstance(packed, torch.Tensor) else packed
     device = keys[0].device
@@ -151,7 +153,9 @@ _KV_WANTED = "tensors of one CUDA device, and head dimensions of up to 1024 wher
 
 def register_kv(
     pack_kv: Op[[Caches, Caches, torch.Tensor, Codec], torch.Tensor],
-    unpack_kv: Op[[Caches, Caches, torch.Tensor, torch.Tensor | PackedRows, Codec], None],
+    unpack_kv: Op[
+        [Caches, Caches, torch.Tensor, torch.Tensor | PackedRows, Codec, Rerotation | None], None
+    ],
     call_of: Callable[..., tuple[array[int], list[array[int]]]],
 ) -> None:
     """Attach the kernels to the ops of ``memos.kernels.kv``; ``call_of`` makes their KvCall."""
@@ -176,10 +180,11 @@ def register_kv(
         block_ids: torch.Tensor,
         packed: torch.Tensor | PackedRows,
         codec: Codec,
+        rerotate: Rerotation | None = None,
     ) -> None:
         good = _takes_packed(keys, values, block_ids, packed, codec)
         _require(good, "unpack_kv", _KV_WANTED + "; packed rows there or in pinned memory")
-        call, tables = call_of(keys, values, block_ids, _row_addresses(packed), codec)
+        call, tables = call_of(keys, values, block_ids, _row_addresses(packed), codec, rerotate)
         _launch(core().unpack_kv, keys[0].device, call.buffer_info()[0])
         del tables
 

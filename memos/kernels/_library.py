@@ -14,6 +14,7 @@ import torch
 
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec
+from memos.kernels.rerotation import Rerotation
 
 if TYPE_CHECKING:
     from memos.kernels._op import Op
@@ -64,7 +65,9 @@ def register_blocks(
 
 def register_kv(
     pack_kv: Op[[Caches, Caches, torch.Tensor, Codec], torch.Tensor],
-    unpack_kv: Op[[Caches, Caches, torch.Tensor, torch.Tensor | PackedRows, Codec], None],
+    unpack_kv: Op[
+        [Caches, Caches, torch.Tensor, torch.Tensor | PackedRows, Codec, Rerotation | None], None
+    ],
 ) -> None:
     """Define the ops of ``memos.kernels.kv``; the codec goes by its name."""
 
@@ -72,6 +75,23 @@ def register_kv(
         _, P, H, Dk = keys[0].shape
         E = Codec.parse(codec).layer_bytes(P, H, Dk, values[0].shape[3], keys[0].element_size())
         return keys[0].new_empty(block_ids.shape[0], len(keys), E, dtype=torch.uint8)
+
+    def run_unpack(
+        keys: Caches,
+        values: Caches,
+        block_ids: torch.Tensor,
+        packed: torch.Tensor,
+        codec: str,
+        old: torch.Tensor | None = None,
+        new: torch.Tensor | None = None,
+        inv_freq: torch.Tensor | None = None,
+        interleaved: bool = False,
+        first: int = 0,
+    ) -> None:
+        by = None
+        if old is not None and new is not None and inv_freq is not None:
+            by = Rerotation(old, new, inv_freq, interleaved, first)
+        unpack_kv(keys, values, block_ids, packed, Codec.parse(codec), by)
 
     pack = _register(
         pack_kv,
@@ -81,11 +101,10 @@ def register_kv(
     )
     unpack = _register(
         unpack_kv,
-        "(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor block_ids, Tensor packed, str codec)"
-        " -> ()",
-        lambda keys, values, ids, packed, codec: unpack_kv(
-            keys, values, ids, packed, Codec.parse(codec)
-        ),
+        "(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor block_ids, Tensor packed, str codec,"
+        " Tensor? old=None, Tensor? new=None, Tensor? inv_freq=None, bool interleaved=False,"
+        " SymInt first=0) -> ()",
+        run_unpack,
         _nothing,
     )
 
@@ -101,10 +120,20 @@ def register_kv(
         block_ids: torch.Tensor,
         packed: torch.Tensor | PackedRows,
         codec: Codec,
+        rerotate: Rerotation | None = None,
     ) -> None:
         if not isinstance(packed, torch.Tensor):
             raise ArgumentError("packed: one tensor wanted in a graph, got rows that lie apart")
-        unpack(list(keys), list(values), block_ids, packed, codec.name)
+        by: tuple[Any, ...] = ()
+        if rerotate is not None:
+            by = (
+                rerotate.old,
+                rerotate.new,
+                rerotate.inv_freq,
+                rerotate.interleaved,
+                rerotate.first,
+            )
+        unpack(list(keys), list(values), block_ids, packed, codec.name, *by)
 
     pack_kv.in_graph, unpack_kv.in_graph = pack_in_graph, unpack_in_graph
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memos.kernels.adapters import AdapterPlan, AdapterTable
     from memos.kernels.codec import Codec
     from memos.kernels.kv import PackedRows
+    from memos.kernels.rerotation import Rerotation
 
 _MAX_HEAD_DIM = 1024  # csrc/codec/layout.h
 
@@ -96,11 +97,13 @@ Caches = Sequence[torch.Tensor]
 
 def register_kv(
     pack_kv: Op[[Caches, Caches, torch.Tensor, Codec], torch.Tensor],
-    unpack_kv: Op[[Caches, Caches, torch.Tensor, torch.Tensor | PackedRows, Codec], None],
+    unpack_kv: Op[
+        [Caches, Caches, torch.Tensor, torch.Tensor | PackedRows, Codec, Rerotation | None], None
+    ],
 ) -> None:
     """Attach the Triton kernels to the ops of ``memos.kernels.kv``."""
 
-    def accepts(keys: Caches, values: Caches, *rest: object) -> bool:
+    def accepts(keys: Caches, values: Caches, *rest: object, **more: object) -> bool:
         return takes(keys[0]) and max(keys[0].shape[3], values[0].shape[3]) <= _MAX_HEAD_DIM
 
     def check(keys: Caches, values: Caches, **others: torch.Tensor) -> None:
@@ -125,13 +128,14 @@ def register_kv(
         block_ids: torch.Tensor,
         packed: torch.Tensor | PackedRows,
         codec: Codec,
+        rerotate: Rerotation | None = None,
     ) -> None:
         if not len(packed):
             return
         first = packed if isinstance(packed, torch.Tensor) else packed[0]
         check(keys, values, block_ids=block_ids, packed=first)
         places = packed if isinstance(packed, torch.Tensor) else packed.addresses
-        kernels("kv").unpack_kv(keys, values, block_ids, places, codec)
+        kernels("kv").unpack_kv(keys, values, block_ids, places, codec, rerotate)
 
 
 def register_rope(

@@ -10,11 +10,12 @@ import torch
 
 from memos.errors import ArgumentError
 from memos.kernels import _cuda, _library, _native, _triton
-from memos.kernels._dims import Dims
+from memos.kernels._dims import Dims, contiguous
 from memos.kernels._memory import empty
 from memos.kernels._op import op
 from memos.kernels.blocks import check_ids
 from memos.kernels.codec import BITS, KINDS, Codec, Scheme, check_head_dim, hadamard_size
+from memos.kernels.rerotation import Rerotation, turned
 
 FP16_MAX = 65504.0
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -155,8 +156,11 @@ def _check_unpack(
     block_ids: torch.Tensor,
     packed: torch.Tensor | PackedRows,
     codec: Codec,
+    rerotate: Rerotation | None = None,
 ) -> None:
     dims = _check_cache(keys, values, block_ids, codec)
+    if rerotate is not None:
+        _check_rerotation(rerotate, dims)
     E = layer_bytes(codec, keys[0], values[0])
     if len(packed) != dims["M"]:
         raise ArgumentError(f"packed: M = {dims['M']} rows wanted, got {len(packed)}")
@@ -169,6 +173,20 @@ def _check_unpack(
         raise ArgumentError(
             f"packed: contiguous uint8 rows of shape {list(wanted)} wanted for codec "
             f"{codec.name}, got {rows.dtype} {list(rows.shape[whole:])}"
+        )
+
+
+def _check_rerotation(rerotate: Rerotation, dims: Dims) -> None:
+    if not isinstance(rerotate, Rerotation):
+        raise ArgumentError(f"rerotate: a Rerotation wanted, got {type(rerotate).__name__}")
+    for name, positions in (("old", rerotate.old), ("new", rerotate.new)):
+        dims.tensor(f"rerotate.{name}", positions, "M P", [torch.int64])
+    dims.tensor("rerotate.inv_freq", rerotate.inv_freq, "R", [torch.float32, torch.float64])
+    contiguous("rerotate.inv_freq", rerotate.inv_freq)
+    end = rerotate.first + 2 * dims["R"]
+    if rerotate.first < 0 or end > dims["Dk"]:
+        raise ArgumentError(
+            f"rerotate: channels within Dk = {dims['Dk']} wanted, got [{rerotate.first}, {end})"
         )
 
 
@@ -231,11 +249,14 @@ def unpack_kv(
     block_ids: torch.Tensor,
     packed: torch.Tensor | PackedRows,
     codec: Codec,
+    rerotate: Rerotation | None = None,
 ) -> None:
     """Decode packed blocks into a cache: the inverse of ``pack_kv``; changes keys and values.
 
-    Integers: ``x = zero + q * scale``; fp8: ``x = q * scale``; rotated back where rotated; in
-    fp32, then rounded once to the dtype of ``keys`` (fp16 saturates at +-65504).
+    Integers: ``x = zero + q * scale``; fp8: ``x = q * scale``; rotated back where rotated; the
+    keys turned on to other positions with ``rerotate``, as ``rotate_positions_`` does; in fp32,
+    then rounded once to the dtype of ``keys`` (fp16 saturates at +-65504; with codec raw numbers
+    that turn do not, and the others are copied).
 
     Args:
         keys, values: as ``pack_kv``; block ``block_ids[m]`` of every layer is overwritten. With
@@ -243,11 +264,13 @@ def unpack_kv(
         block_ids: [M] int64, contiguous, no two equal.
         packed:    [M, L, E] uint8 contiguous, or PackedRows: M blocks that lie apart.
         codec:     the codec they were packed with.
+        rerotate:  positions of the tokens of the M blocks, and those that their keys get.
 
     Raises:
         ArgumentError: a shape, dtype, stride or id is out of contract.
 
-    Cost: reads M * L * E bytes, writes M * L * P * K * (Dk + Dv) elements once.
+    Cost: reads M * L * E bytes, writes M * L * P * K * (Dk + Dv) elements once; with ``rerotate``
+        also reads its table, M * P * 2 R floats, per layer and head.
     """
     check_ids("block_ids", block_ids, len(keys[0]))
     if not len(packed):
@@ -260,7 +283,12 @@ def unpack_kv(
             (rows[:, layer, :split], key, codec.key, True),
             (rows[:, layer, split:], value, codec.value, False),
         ):
-            out[block_ids] = _decode(data, out, scheme, per_channel).transpose(1, 2)
+            x = _decode(data, out, scheme, per_channel)
+            if rerotate is not None and per_channel:
+                x = _rerotated(x, rerotate)
+            if out.dtype == torch.float16 and scheme.kind != "raw":
+                x = x.clamp(-FP16_MAX, FP16_MAX)
+            out[block_ids] = x.to(out.dtype).transpose(1, 2)
 
 
 # The reference arithmetic. x: [M, H, P, D]; K groups along P, V groups along D.
@@ -288,6 +316,7 @@ def _encode(x: torch.Tensor, scheme: Scheme, per_channel: bool) -> torch.Tensor:
 def _decode(
     data: torch.Tensor, out: torch.Tensor, scheme: Scheme, per_channel: bool
 ) -> torch.Tensor:
+    """Float32, or what was packed raw."""
     _, P, H, D = out.shape
     M = len(data)
     size, _ = scheme.parts(P, H, D, out.element_size(), per_channel)
@@ -310,11 +339,14 @@ def _decode(
         x = codes.view(torch.float8_e4m3fn).float() * scale
     else:
         x = spread(params[:, count : 2 * count]) + codes.float() * scale
-    if scheme.rotate:
-        x = _hadamard(x)
-    if out.dtype == torch.float16:
-        x = x.clamp(-FP16_MAX, FP16_MAX)
-    return x.to(out.dtype)
+    return _hadamard(x) if scheme.rotate else x
+
+
+def _rerotated(x: torch.Tensor, by: Rerotation) -> torch.Tensor:
+    cosine, sine = by.table.to(x.device)[:, None].unbind(3)  # [M, 1, P, R]
+    out = x.clone()
+    out[..., by.channels] = turned(x[..., by.channels], cosine, sine, by.interleaved).to(x.dtype)
+    return out
 
 
 def _quantise(
@@ -385,7 +417,7 @@ def _pad(data: torch.Tensor, size: int) -> torch.Tensor:
 # The CPU backend: one struct of int64 (csrc/cpu/kernels.h, KvCall) crosses the boundary.
 
 
-def _on_cpu(keys: Sequence[torch.Tensor], *rest: object) -> bool:
+def _on_cpu(keys: Sequence[torch.Tensor], *rest: object, **more: object) -> bool:
     return keys[0].device.type == "cpu"
 
 
@@ -395,6 +427,7 @@ def _call(
     block_ids: torch.Tensor,
     table: array[int],
     codec: Codec,
+    rerotate: Rerotation | None = None,
 ) -> tuple[array[int], list[array[int]]]:
     """The KvCall struct, and the tables that it points to (keep them alive during the call)."""
     layers = array("q")
@@ -408,6 +441,12 @@ def _call(
     for scheme in (codec.key, codec.value):
         call.extend([KINDS[scheme.kind], scheme.group, int(scheme.rotate)])
     call.append(codec.layer_bytes(P, H, Dk, Dv, itemsize))
+    if rerotate is None or not len(rerotate.inv_freq):
+        call.extend([0, 0, 0, 0])
+    else:
+        angles = rerotate.table_on(keys[0].device)
+        half, first = len(rerotate.inv_freq), rerotate.first
+        call.extend([angles.data_ptr(), half, first, int(rerotate.interleaved)])
     return call, [layers, table]
 
 
@@ -439,6 +478,7 @@ def _unpack_cpu(
     block_ids: torch.Tensor,
     packed: torch.Tensor | PackedRows,
     codec: Codec,
+    rerotate: Rerotation | None = None,
 ) -> None:
     M, L = len(block_ids), len(keys)
     if not M:
@@ -449,7 +489,7 @@ def _unpack_cpu(
         rows = array("q", range(packed.data_ptr(), packed.data_ptr() + M * size, size))
     else:
         rows = packed.addresses
-    call, tables = _call(keys, values, block_ids, rows, codec)
+    call, tables = _call(keys, values, block_ids, rows, codec, rerotate)
     address = call.buffer_info()[0]
     out_bytes = M * L * (keys[0][0].numel() + values[0][0].numel()) * keys[0].element_size()
     _native.parallel(

@@ -12,6 +12,7 @@ from memos.kernels import _cuda, _library, _native, _triton
 from memos.kernels._dims import Dims, contiguous
 from memos.kernels._op import op
 from memos.kernels.kv import DTYPES
+from memos.kernels.rerotation import turn_table, turned
 
 _PER_TOKEN_BYTES = 3  # turning a number costs about as much as copying so many times its bytes
 
@@ -48,24 +49,6 @@ def _check_rotate(
         )
 
 
-def angles(positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """[T, R] float64 on the host: position * frequency, the product rounded as ``inv_freq`` is.
-
-    With float32 frequencies these are the angles that a model turns its queries by, which
-    transformers computes in float32: beyond a few thousand tokens they are no longer the exact
-    products, and only the same ones put a key where the model would have put it.
-    """
-    product = positions.cpu()[:, None].to(inv_freq.dtype) * inv_freq.cpu()
-    return product.double()
-
-
-def turn_table(old: torch.Tensor, new: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
-    """[T, 2, R] float32, contiguous, on the host: cosines and sines of the angles between two
-    positions of each token, computed in float64 and rounded once."""
-    by = angles(new, inv_freq) - angles(old, inv_freq)
-    return torch.stack([by.cos(), by.sin()], dim=1).float()
-
-
 @op(check=_check_rotate)
 def rotate_positions_(
     keys: Sequence[torch.Tensor],
@@ -99,12 +82,8 @@ def rotate_positions_(
     R = len(inv_freq)
     cosine, sine = turn_table(old, new, inv_freq).to(keys[0].device).unbind(1)
     for key in keys:
-        turned = key[..., : 2 * R]
-        x = turned.float()
-        a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :R], x[..., R:])
-        pair = (a * cosine - b * sine, b * cosine + a * sine)
-        both = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-        turned.copy_(both)
+        part = key[..., : 2 * R]
+        part.copy_(turned(part, cosine, sine, interleaved))
 
 
 def _on_cpu(keys: Sequence[torch.Tensor], *rest: object, **more: object) -> bool:

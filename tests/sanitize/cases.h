@@ -17,6 +17,7 @@
 
 namespace {
 
+using memos::KeyTurn;
 using memos::KvCall;
 using memos::LayerView;
 using namespace memos::codec;
@@ -134,6 +135,7 @@ struct Case {
   Scheme k, v;
   std::vector<i64> ids;
   bool any_bits;
+  KeyTurn turn{};  // the table aside
 
   explicit Case(Random& random) {
     L = random.between(1, 2);
@@ -154,6 +156,19 @@ struct Case {
     for (i64 i = N - 1; i > 0; --i) std::swap(ids[i], ids[random.between(0, i)]);
     if (N < 40) ids.resize(random.between(0, N));
     M = static_cast<i64>(ids.size());
+    choose_turn(random);
+  }
+
+  void choose_turn(Random& random) {
+    turn = {};
+    if (!random.one_in(3) || Dk < 2) return;
+    const bool whole = random.one_in(2), even = random.one_in(2);
+    turn.half = whole ? Dk / 2 : random.between(1, Dk / 2);
+    if (even && turn.half >= 8) turn.half &= ~i64{7};
+    turn.first = random.between(0, Dk - 2 * turn.half);
+    if (even) turn.first &= ~i64{7};
+    turn.interleaved = random.between(0, 1);
+    if (k.kind == kRaw) any_bits = false;  // which NaN a sum of two is, is not told
   }
 
   static Scheme scheme(Random& random) {
@@ -177,6 +192,7 @@ struct Kv {
   Section ks, vs;
   std::vector<Tensor> tensors;  // K and V of each layer in turn
   std::vector<i64> offsets;
+  std::unique_ptr<Buffer> angles;
 
   Kv(Random& random, const Case& c_) : c(c_), item(item_bytes(c_.dtype)) {
     ks = section_of(c.k, c.P, c.H, c.Dk, c.dtype, true);
@@ -186,6 +202,8 @@ struct Kv {
       tensors.emplace_back(random, c.N, c.P, c.H, i % 2 ? c.Dv : c.Dk);
       offsets.push_back(aligned ? 0 : item * random.between(0, 31));
     }
+    angles = std::make_unique<Buffer>(c.M * c.P * 2 * c.turn.half * 4, 0);
+    fill(random, *angles, kF32, false);
   }
 
   Buffers numbers() const {
@@ -211,11 +229,14 @@ struct Kv {
     }
     std::vector<i64> rows;
     for (auto& buffer : packed) rows.push_back(buffer->address());
+    KeyTurn turn = c.turn;
+    if (turn.half) turn.table = angles->address();
     run(KvCall{reinterpret_cast<i64>(layers.data()), c.L, reinterpret_cast<i64>(c.ids.data()), c.M,
                reinterpret_cast<i64>(rows.data()), c.N, c.P, c.H, c.Dk, c.Dv, c.dtype, c.k.kind,
-               c.k.group, c.k.rotate, c.v.kind, c.v.group, c.v.rotate, ks.bytes + vs.bytes});
+               c.k.group, c.k.rotate, c.v.kind, c.v.group, c.v.rotate, ks.bytes + vs.bytes, turn});
     for (auto& buffer : numbers) buffer->check_guards();
     for (auto& buffer : packed) buffer->check_guards();
+    angles->check_guards();
   }
 
   // Marks the elements of rows that unpack writes with 1.

@@ -81,7 +81,9 @@ void fuzz_kv(Random& random) {
         equal &= !written[j] || after[i][j] == before[i][j];
       }
       require(kept, "unpack_kv wrote between the rows");
-      if ((i % 2 ? c.v : c.k).kind == kRaw && !garbage) require(equal, "raw is not the source");
+      const bool moved = i % 2 == 0 && c.turn.half;
+      if ((i % 2 ? c.v : c.k).kind == kRaw && !garbage && !moved)
+        require(equal, "raw is not the source");
     }
     if (first.empty())
       first = std::move(after);

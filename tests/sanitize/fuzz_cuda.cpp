@@ -29,6 +29,7 @@ Case small_case(Random& random) {
   c.H = std::min<i64>(c.H, 2);
   for (i64* D : {&c.Dk, &c.Dv})
     if ((c.k.kind != kRaw || c.v.kind != kRaw) && *D % 8) *D += 8 - *D % 8;
+  c.choose_turn(random);
   return c;
 }
 
