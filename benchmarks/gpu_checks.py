@@ -54,6 +54,16 @@ def numbers(torch: Any, shape: dict[str, int], dtype: str, how: str, device: str
     return keys, [one(shape["Dv"]) for _ in range(shape["L"])]
 
 
+def rerotation(torch: Any, shape: dict[str, int]) -> Any:
+    """Every pair of channels of every token, 1,000 positions on."""
+    from memos import kernels
+
+    at = torch.arange(shape["N"] * shape["P"]).view(shape["N"], shape["P"])
+    half = shape["Dk"] // 2
+    inv_freq = 10000.0 ** -(torch.arange(half) / half)
+    return kernels.Rerotation(at, at + 1000, inv_freq, interleaved=shape["N"] % 2 == 1)
+
+
 def ready(op: str) -> list[str]:
     from memos import kernels
 
@@ -82,6 +92,9 @@ def check_bytes(small: bool) -> int:
         want = kernels.pack_kv(keys, values, ids, parsed)
         back = [torch.zeros_like(t) for t in keys], [torch.zeros_like(t) for t in values]
         kernels.unpack_kv(*back, ids, want, parsed)
+        turned = [torch.zeros_like(t) for t in keys], [torch.zeros_like(t) for t in values]
+        by = rerotation(torch, shape)
+        kernels.unpack_kv(*turned, ids, want, parsed, by)
         on_gpu = [[t.cuda() for t in part] for part in (keys, values)]
         for backend in backends:
             where = f"{codec}, {shape}, {dtype}, {how}, {backend}"
@@ -93,7 +106,12 @@ def check_bytes(small: bool) -> int:
                     kernels.unpack_kv(*out, ids.cuda(), rows, parsed)
                     for ours, theirs in zip(chain(*out), chain(*back), strict=True):
                         assert same_bytes(torch, ours.cpu(), theirs), f"unpack_kv: {where}"
-            count += 3
+                kernels.unpack_kv(*out, ids.cuda(), got, parsed, by)
+                if parsed.key.kind == "raw" and how != "normal":
+                    out = turned  # which NaN comes of two is the device's own
+                for ours, theirs in zip(chain(*out), chain(*turned), strict=True):
+                    assert same_bytes(torch, ours.cpu(), theirs), f"unpack_kv, turned: {where}"
+            count += 4
     for B, dtype in ((1, torch.int8), (127, torch.int8), (4096, torch.bfloat16), (24, torch.int32)):
         cache = torch.randint(-100, 100, (9, B)).to(dtype)
         ids = torch.tensor([8, 0, 3])

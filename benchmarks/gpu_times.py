@@ -99,15 +99,19 @@ def time_kv(clock: Clock, copy: float) -> Iterator[Row]:
     keys, values = numbers(torch, shape, "bfloat16", "normal", "cuda")
     ids = torch.randperm(KV["M"], device="cuda")
     plain = sum(t.nbytes for t in (*keys, *values))
+    at = torch.arange(KV["M"] * KV["P"]).view(KV["M"], KV["P"])
+    by = kernels.Rerotation(at, at + 7, 10000.0 ** -torch.arange(0, 1, 2 / KV["D"]))
     for name in CODECS:
         codec = kernels.Codec.parse(name)
         for backend in ready("pack_kv"):
             with kernels.using(backend):
                 packed = kernels.pack_kv(keys, values, ids, codec)
                 moved = plain + packed.nbytes
+                unpack = partial(kernels.unpack_kv, keys, values, ids, packed, codec)
                 for op, work in (
                     ("pack_kv", partial(kernels.pack_kv, keys, values, ids, codec)),
-                    ("unpack_kv", partial(kernels.unpack_kv, keys, values, ids, packed, codec)),
+                    ("unpack_kv", unpack),
+                    ("unpack_kv, turned", partial(unpack, by)),
                 ):
                     us = clock(work)
                     speed = 1e-3 * moved / us

@@ -166,14 +166,13 @@ def packed(maker: Any, piece: Any, codec: str) -> Any:
     from transformers import DynamicCache
 
     from memos.kv.cache import MemosCache
-    from memos.kv.pieces import Piece
+    from memos.kv.pieces import StoredPiece
 
     dense = DynamicCache()
     for i, (key, value) in enumerate(zip(piece.keys, piece.values, strict=True)):
         dense.update(key, value, i)
     cache = MemosCache.from_cache(dense, maker.shape, codec=codec, recent_tokens=0)
-    pairs = [layer.dense() for layer in cache.layers]
-    return Piece(piece.token_ids, [key for key, _ in pairs], [value for _, value in pairs])
+    return StoredPiece(piece.token_ids, cache.layers)
 
 
 def joined(maker: Any, lead: Any, pieces: Sequence[Any]) -> Any:

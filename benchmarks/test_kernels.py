@@ -18,6 +18,7 @@ import ctypes
 import functools
 import statistics
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ OPS = (
     "gather_blocks",
     "write_blocks",
     *(f"{op} {codec}" for op in ("pack_kv", "unpack_kv") for codec in CODECS),
+    "rotate_positions_",
+    *(f"unpack_turned {codec}" for codec in ("raw", "int8-g64", "int4-g64", "int4-g64-rot")),
 )
 
 
@@ -157,9 +160,52 @@ class Source:
             (packed, tables),
         )
 
-    def _call(self, keys: Any, values: Any, packed: torch.Tensor, codec: Codec) -> Any:
-        rows = [packed.data_ptr() + m * packed.stride(0) for m in range(len(packed))]
-        return kv._call(keys, values, self.block_ids, rows, codec)
+    def _unpack_turned(self, codec: Codec) -> Work:
+        """Keys on to other positions on the way."""
+        packed = kernels.pack_kv(self.keys, self.values, self.block_ids, codec)
+        N, _, H, D = self.keys[0].shape
+        keys, values = self.views(self.target, N, H, D)
+        by = kernels.Rerotation(*self.positions(N), self.inv_freq(D))
+        arguments = (keys, values, self.block_ids, packed, codec, by)
+        call, tables = self._call(keys, values, packed, codec, by)
+
+        def part(first: int, last: int) -> None:
+            _native.core().cpu_unpack_kv(call.buffer_info()[0], first, last)
+
+        return Work(
+            lambda: _native.parallel(part, len(self.block_ids), self.bytes),
+            lambda: kernels.unpack_kv(*arguments),
+            lambda: kernels.unpack_kv.reference(*arguments),
+            (packed, tables, by),
+        )
+
+    def _rotate_positions_(self) -> Work:
+        """All numbers as keys, turned on and on; the angles are computed at each call."""
+        N, _, H, D = self.keys[0].shape
+        keys = self.target.view(2, H, N * P, D)
+        old, new = (at.flatten() for at in self.positions(N))
+
+        def run() -> None:
+            kernels.rotate_positions_([keys], old, new, self.inv_freq(D))
+
+        def reference() -> None:
+            kernels.rotate_positions_.reference([keys], old, new, self.inv_freq(D))
+
+        return Work(run, run, reference)
+
+    def positions(self, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, P] each: everything at 0, and one after the other."""
+        at = torch.arange(N * P).view(N, P)
+        return torch.zeros_like(at), at
+
+    def inv_freq(self, D: int) -> torch.Tensor:
+        return 10000.0 ** -(torch.arange(0, D, 2) / D)
+
+    def _call(
+        self, keys: Any, values: Any, packed: torch.Tensor, codec: Codec, by: Any = None
+    ) -> Any:
+        rows = array("q", [packed.data_ptr() + m * packed.stride(0) for m in range(len(packed))])
+        return kv._call(keys, values, self.block_ids, rows, codec, by)
 
 
 @functools.lru_cache(maxsize=1)

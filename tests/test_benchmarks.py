@@ -67,3 +67,25 @@ def test_every_question_about_the_documents_has_its_answer() -> None:
     for question in map(json.loads, lines):
         page = (ROOT / question["document"]).read_text(encoding="utf-8")
         assert " ".join(page.split()).count(question["answer"]) == 1, question
+
+
+def test_every_kernel_that_is_timed_does_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands between the clock's two looks runs, and leaves the reference's bytes where it
+    writes into what is there."""
+    torch = pytest.importorskip("torch", reason="the ops work on torch tensors")
+    monkeypatch.syspath_prepend(str(ROOT))
+    timed = pytest.importorskip("benchmarks.test_kernels")
+    if timed._native.missing() is not None:
+        pytest.skip("the native core is not built")
+    monkeypatch.setattr(timed, "SOURCE_BYTES", 2 << 20)
+    for layout in timed.LAYOUTS:
+        source = timed.Source("3x64", layout)
+        for op in timed.OPS:
+            work, found = source.work(op), []
+            for run in (work.kernel, work.op, work.reference):
+                source.target.copy_(source.flat)
+                run()
+                found.append(source.target.clone())
+            if op.startswith(("write", "unpack", "rotate")):
+                assert all(torch.equal(found[-1], other) for other in found), f"{op}, {layout}"
+                assert not torch.equal(found[-1], source.flat) or op.endswith("raw"), op

@@ -18,9 +18,10 @@ from transformers import DynamicCache  # noqa: E402
 from memos import KVCacheMemory, MemCube  # noqa: E402
 from memos.errors import ArgumentError  # noqa: E402
 from memos.kernels import rotate_positions_  # noqa: E402
+from memos.kv.cache import MemosCache  # noqa: E402
 from memos.kv.compose import _computed, _joined, compose  # noqa: E402
 from memos.kv.compose_curve import Curve, calibrate, kl_of, read_on  # noqa: E402
-from memos.kv.pieces import Prefiller  # noqa: E402
+from memos.kv.pieces import Prefiller, StoredPiece  # noqa: E402
 
 from . import models  # noqa: E402
 
@@ -328,6 +329,33 @@ def test_packed_pieces(tmp_path: Path, codec: str) -> None:
         for a, b in zip(layer.dense(), other.dense(), strict=True):
             error = float((a - b).abs().max() / a.abs().max())
             assert 0 < error < (0.02 if codec == "int8" else 0.3)
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "int4-g32-rot"])
+@pytest.mark.parametrize("tokens", [5, 16, 40, 64])
+def test_a_stored_piece_is_decoded_where_it_stands(codec: str, tokens: int) -> None:
+    """Bit for bit what decoding, copying and turning give: sinks, blocks and tail."""
+    model = models.tiny("llama")
+    maker = Prefiller(model, block_tokens=16)
+    ids = [1 + i % 90 for i in range(tokens)]
+    made, dense = maker.piece(maker.system(SYSTEM), ids), DynamicCache()
+    for i, (key, value) in enumerate(zip(made.keys, made.values, strict=True)):
+        dense.update(key, value, i)
+    cache = MemosCache.from_cache(dense, maker.shape, codec=codec, block_tokens=16, recent_tokens=0)
+    stored = StoredPiece(tuple(ids), cache.layers)
+    found = []
+    for piece in (stored, stored.dense()):
+        keys, values = (
+            [torch.full((1, x.shape[1], 99, x.shape[3]), 7.0) for x in part]
+            for part in (made.keys, made.values)
+        )
+        piece.write_to(keys, values, 30, maker.positions)
+        found.append([*keys, *values])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+        assert (a[:, :, :30] == 7).all()
+        assert (a[:, :, 30 + tokens :] == 7).all()
+        assert (a[:, :, 30 : 30 + tokens] != 7).any()
 
 
 def test_cubes_and_their_versions(kv: KVCacheMemory) -> None:

@@ -20,7 +20,7 @@ from memos.cube.identity import adapters_of
 from memos.errors import ArgumentError
 from memos.kernels.kv import PackedRows
 from memos.kv.cache import MemosCache, token_list
-from memos.kv.pieces import EnoughError, Peek, Piece, Prefiller, Slots, mask_of
+from memos.kv.pieces import AnyPiece, EnoughError, Peek, Piece, Prefiller, Slots, mask_of
 
 if TYPE_CHECKING:
     from memos.kv.compose_curve import Curve
@@ -113,7 +113,7 @@ def compose(
         raise ArgumentError(f"first_tokens: at least 0 wanted, got {first_tokens}")
     question = token_list(question_tokens)
     lead = system if isinstance(system, Piece) else maker.system(token_list(system))
-    pieces = [m if isinstance(m, Piece) else maker.piece(lead, token_list(m)) for m in memories]
+    pieces = [m if isinstance(m, AnyPiece) else maker.piece(lead, token_list(m)) for m in memories]
     bounds, end = [], len(lead)
     for piece in pieces:
         bounds.append((end, end + len(piece)))
@@ -152,25 +152,20 @@ def _prefilled(maker: Prefiller, ids: list[int], known: int) -> MemosCache:
 
 
 def _joined(
-    maker: Prefiller, lead: Piece, pieces: Sequence[Piece], total: int
+    maker: Prefiller, lead: Piece, pieces: Sequence[AnyPiece], total: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """K and V [1, H, total, D] of every layer: the system prompt, then the pieces, their keys
     turned to where they stand; what follows is not written yet."""
     both: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    end = len(lead) + sum(map(len, pieces))
-    for i in range(len(lead.keys)):
-        for out, name in zip(both, ("keys", "values"), strict=True):
-            parts = [getattr(piece, name)[i] for piece in (lead, *pieces)]
-            like = parts[0]
-            whole = like.new_empty(1, like.shape[1], total, like.shape[3])
-            start = 0
-            for part in parts:
-                whole[:, :, start : start + part.shape[2]] = part
-                start += part.shape[2]
+    for out, parts in zip(both, (lead.keys, lead.values), strict=True):
+        for part in parts:
+            whole = part.new_empty(1, part.shape[1], total, part.shape[3])
+            whole[:, :, : len(lead)] = part
             out.append(whole)
-    if pieces:
-        at = torch.arange(len(lead), end)
-        maker.positions.move_([key[:, :, len(lead) : end] for key in both[0]], 0, at)
+    at = len(lead)
+    for piece in pieces:
+        piece.write_to(*both, at, maker.positions)
+        at += len(piece)
     return both
 
 

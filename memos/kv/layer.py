@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec, check_head_dim
 from memos.kernels.kv import DTYPES, PackedRows, pack_kv, unpack_kv
+from memos.kernels.rerotation import Rerotation
 from memos.kv._lanes import stacked
 from memos.kv.device import home_of
 
@@ -274,6 +275,28 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             out[:, :, out.shape[2] - part.shape[2] :] = part
         return _from(whole, first % self.block_tokens)
 
+    def write_to(
+        self, key: torch.Tensor, value: torch.Tensor, rerotate: Rerotation | None = None
+    ) -> list[slice]:
+        """All tokens of one row into [1, H, T, D] tensors on the device where it decodes.
+
+        Args:
+            key, value: written; any strides with the last one 1.
+            rerotate:   of the tokens of the packed blocks.
+
+        Returns:
+            Tokens whose keys are as they were given, for the caller to turn: sinks and tail.
+        """
+        assert self.tail is not None
+        self._decode_to((key, value), 0, self.num_packed, rerotate)
+        packed = self.num_packed * self.block_tokens
+        exact = [slice(packed, packed + self.tail_tokens)]
+        if packed and self.sinks is not None:
+            exact.insert(0, slice(0, self.sink_tokens))
+        for out, part in zip((key, value), self.tail, strict=True):
+            out[:, :, exact[-1]] = part
+        return [part for part in exact if part.stop != part.start]
+
     def exact_bytes(self) -> int:
         """Bytes of the exact parts: sinks and tail."""
         return sum(x.nbytes for pair in (self.sinks, self.tail) if pair for x in pair)
@@ -292,7 +315,6 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
         P, H = self.block_tokens, self.tail[0].shape[1]
         T = (last - first) * P
         home = home_of(self.device)
-        self._settle(home)
         stays = home == self.device
         host = tuple(
             torch.empty(
@@ -302,22 +324,32 @@ class MemosLayer(CacheLayerMixin):  # type: ignore[misc]
             )
             for x in self.tail
         )
-        rows = functools.reduce(operator.add, (row[first:last] for row in self.blocks))
-        S = host[0].shape[2]
-        ids = torch.arange(0, T, P, device=home)
-        if self.batch_size > 1:
-            rows_at = torch.arange(self.batch_size, device=home)[:, None] * (H * S)
-            ids = (rows_at + ids).flatten()
-        unpack_kv([_windows(host[0], P)], [_windows(host[1], P)], ids, rows, self.codec)
-        if first == 0 and self.sinks is not None:
-            for out, sink in zip(host, self.sinks, strict=True):
-                out[:, :, : self.sink_tokens] = sink
+        self._decode_to((host[0], host[1]), first, last)
         if stays:
             return host[0], host[1]
         shapes = [(*x.shape[:2], T + room, x.shape[3]) for x in host]
         key, value = (torch.empty(s, dtype=self.dtype, device=self.device) for s in shapes)
         key[:, :, :T], value[:, :, :T] = host
         return key, value
+
+    def _decode_to(
+        self, out: Pair, first: int, last: int, rerotate: Rerotation | None = None
+    ) -> None:
+        """Blocks [first, last) into the first tokens of [B, H, .., D] tensors at home."""
+        if first == last:
+            return
+        P, home = self.block_tokens, out[0].device
+        self._settle(home)
+        rows = functools.reduce(operator.add, (row[first:last] for row in self.blocks))
+        ids = torch.arange(0, (last - first) * P, P, device=home)
+        if self.batch_size > 1:
+            row_tokens = out[0].stride(0) // out[0].stride(2)
+            ids = (torch.arange(self.batch_size, device=home)[:, None] * row_tokens + ids).flatten()
+        windows = [[_windows(x, P)] for x in out]
+        unpack_kv(windows[0], windows[1], ids, rows, self.codec, rerotate)
+        if first == 0 and self.sinks is not None:
+            for x, sink in zip(out, self.sinks, strict=True):
+                x[:, :, : self.sink_tokens] = sink
 
     def _pack_tail(self) -> None:
         assert self.tail is not None
@@ -387,10 +419,12 @@ def _blocks(x: torch.Tensor, n: int, P: int, home: torch.device) -> torch.Tensor
 
 
 def _windows(x: torch.Tensor, P: int) -> torch.Tensor:
-    """A contiguous [B, H, S, D] seen as [N, P, H, D], where block ``b * H * S + s`` is the P
-    tokens of row b that begin at s. Blocks overlap: only an addressing scheme."""
+    """[B, H, S, D] seen as [N, P, H, D], where block ``b * n + s`` is the P tokens of row b that
+    begin at s, and a row is n tokens from the next one: a whole number where B > 1. Blocks
+    overlap: only an addressing scheme."""
     B, H, S, D = x.shape
-    return x.as_strided(((B - 1) * H * S + S - P + 1, P, H, D), (D, D, S * D, 1))
+    row, head, token, _ = x.stride()
+    return x.as_strided(((B - 1) * (row // token) + S - P + 1, P, H, D), (token, token, head, 1))
 
 
 def _from(pair: Pair, first: int) -> Pair:

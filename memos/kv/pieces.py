@@ -15,6 +15,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from memos.errors import ArgumentError
+from memos.kv.device import home_of
+from memos.kv.layer import MemosLayer
 from memos.kv.model import layer_kinds, shape_of_model
 from memos.kv.positions import Positions, positions_of
 
@@ -38,6 +40,68 @@ class Piece:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def write_to(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        at: int,
+        positions: Positions,
+    ) -> None:
+        """K and V into the tokens from ``at`` on of [1, H, N, D] tensors, one per layer; the keys
+        turned to the positions from there on."""
+        span = slice(at, at + len(self))
+        for out, own in ((keys, self.keys), (values, self.values)):
+            for x, part in zip(out, own, strict=True):
+                x[:, :, span] = part
+        positions.move_([key[:, :, span] for key in keys], 0, torch.arange(at, at + len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPiece:
+    """A piece whose blocks are packed, as the store gives them: they are decoded, and their keys
+    turned, in one go to where it will stand.
+
+    Args:
+        layers: of a restored cache of its tokens, with all of them.
+    """
+
+    token_ids: tuple[int, ...]
+    layers: Sequence[MemosLayer]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def dense(self) -> Piece:
+        """The same, decoded."""
+        pairs = [layer.dense() for layer in self.layers]
+        return Piece(self.token_ids, [key for key, _ in pairs], [value for _, value in pairs])
+
+    def write_to(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        at: int,
+        positions: Positions,
+    ) -> None:
+        """As ``Piece.write_to``."""
+        device = keys[0].device
+        if home_of(device) != device:
+            return self.dense().write_to(keys, values, at, positions)
+        first = self.layers[0]
+        new = torch.arange(at, at + first.num_packed * first.block_tokens)
+        new = new.view(-1, first.block_tokens)
+        exact: list[slice] = []
+        for i, by in enumerate(positions.rerotations(torch.zeros_like(new), new)):
+            span = slice(at, at + len(self))
+            exact = self.layers[i].write_to(keys[i][:, :, span], values[i][:, :, span], by)
+        for part in exact:
+            moved = torch.arange(at + part.start, at + part.stop)
+            positions.move_([key[:, :, moved[0] : moved[-1] + 1] for key in keys], 0, moved)
+        return None
+
+
+AnyPiece = Piece | StoredPiece
 
 
 class Prefiller:

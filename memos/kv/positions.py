@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from memos.errors import ArgumentError
+from memos.kernels.rerotation import Rerotation
 from memos.kernels.rope import rotate_positions_
 from memos.kv.model import layer_kinds
 from memos.kv.weights import canonical
@@ -33,6 +34,9 @@ _PROBE_TOKEN = 1
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+_Alike = tuple[int, bool, int]
+
+
 @dataclass(frozen=True, eq=False)
 class Turning:
     """How the keys of a layer turn: channels [first, first + 2 R) with frequencies [R] float32,
@@ -41,6 +45,11 @@ class Turning:
     inv_freq: torch.Tensor
     interleaved: bool = False
     first: int = 0
+
+    @property
+    def alike(self) -> _Alike:
+        """Equal where layers turn by the same angles."""
+        return id(self.inv_freq), self.interleaved, self.first
 
     def of(self, key: torch.Tensor) -> torch.Tensor:
         """The channels of a key that turn, a view."""
@@ -78,15 +87,28 @@ class Positions:
             p if isinstance(p, torch.Tensor) else torch.full((T,), p, dtype=torch.int64)
             for p in (old, new)
         ]
-        groups: dict[tuple[int, bool, int], tuple[Turning, list[torch.Tensor]]] = {}
+        groups: dict[_Alike, tuple[Turning, list[torch.Tensor]]] = {}
         for key, turning in zip(keys, self.layers, strict=True):
             if turning is not None:
-                alike = id(turning.inv_freq), turning.interleaved, turning.first
-                groups.setdefault(alike, (turning, []))[1].append(turning.of(key))
+                groups.setdefault(turning.alike, (turning, []))[1].append(turning.of(key))
         for turning, parts in groups.values():
             rotate_positions_(
                 parts, positions[0], positions[1], turning.inv_freq, turning.interleaved
             )
+
+    def rerotations(self, old: torch.Tensor, new: torch.Tensor) -> list[Rerotation | None]:
+        """For ``unpack_kv``, one per layer: those that turn alike share one.
+
+        Args:
+            old, new: [M, P] int64, positions of the tokens of M blocks.
+        """
+        made: dict[_Alike, Rerotation] = {}
+        for turning in self.layers:
+            if turning is not None and turning.alike not in made:
+                made[turning.alike] = Rerotation(
+                    old, new, turning.inv_freq, turning.interleaved, turning.first
+                )
+        return [None if turning is None else made[turning.alike] for turning in self.layers]
 
 
 _known: weakref.WeakKeyDictionary[Any, tuple[str, Positions]] = weakref.WeakKeyDictionary()

@@ -21,7 +21,7 @@ from memos.errors import ArgumentError, NotFoundError, QuotaError, StoreError
 if TYPE_CHECKING:
     from memos.kv.compose import Composed
     from memos.kv.compose_curve import Curve
-    from memos.kv.pieces import Piece, Prefiller
+    from memos.kv.pieces import AnyPiece, Piece, Prefiller, StoredPiece
     from memos.kv.store import KVStore
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Archive
@@ -71,13 +71,15 @@ class KVPieces:
                 tokens of texts; or the model's keys cannot be moved.
             StoreError, QuotaError: the store cannot take them.
         """
+        from memos.kv.pieces import StoredPiece
+
         texts = [self.text(memory) for memory in memories]
         maker = self._maker()
         lead = self._lead(maker, self.tokens_of(system), not self.store.readonly)
         made = 0
         for text in texts:
-            piece, is_new = self._piece(maker, lead, text)
-            if is_new:
+            piece = self._piece(maker, lead, text)
+            if not isinstance(piece, StoredPiece):
                 self._keep(lead.token_ids, text, piece)
                 made += 1
         return made
@@ -139,14 +141,15 @@ class KVPieces:
             ArgumentError: as ``activate``, or a number is out of range.
         """
         from memos.kv.compose import compose
+        from memos.kv.pieces import StoredPiece
 
         maker = self._maker()
         store = store and not self.store.readonly
         lead = self._lead(maker, self.tokens_of(system), store)
         pieces = []
         for text in map(self.text, memories):
-            piece, is_new = self._piece(maker, lead, text)
-            if is_new and store:
+            piece = self._piece(maker, lead, text)
+            if store and not isinstance(piece, StoredPiece):
                 with contextlib.suppress(QuotaError):  # then it is prefilled again next time
                     self._keep(lead.token_ids, text, piece)
             pieces.append(piece)
@@ -291,25 +294,22 @@ class KVPieces:
                 archive, identity=dataclasses.replace(archive.identity, codec="raw")
             )
             text = Text(tuple(system))
-            found = _restored(exact, text, maker)
-            if found is None:
-                found = maker.system(system)
-                if store:
-                    with contextlib.suppress(QuotaError):
-                        _keep(exact, text, found)
+            stored = _restored(exact, text, maker)
+            found = maker.system(system) if stored is None else stored.dense()
+            if stored is None and store:
+                with contextlib.suppress(QuotaError):
+                    _keep(exact, text, found)
         with self._lock:
             kept[archive.identity.digest] = found
             for old in list(kept)[:-_SYSTEMS]:
                 del kept[old]
         return found
 
-    def _piece(self, maker: Prefiller, lead: Piece, text: Text) -> tuple[Piece, bool]:
-        """A piece, and whether it had to be prefilled."""
+    def _piece(self, maker: Prefiller, lead: Piece, text: Text) -> AnyPiece:
+        """A piece: as it is stored, or prefilled now."""
         archive = self._pieces(lead.token_ids)
-        found = None if archive is None else _restored(archive, text, maker)
-        if found is not None:
-            return found, False
-        return maker.piece(lead, text.token_ids), True
+        stored = None if archive is None else _restored(archive, text, maker)
+        return maker.piece(lead, text.token_ids) if stored is None else stored
 
     def _keep(self, system: Sequence[int], text: Text, piece: Piece) -> None:
         archive = self._pieces(system)
@@ -325,9 +325,9 @@ def _id(text: Text, archive: Archive) -> str:
     return f"{text.memory or ''}/{text.cube or ''}/{said.hexdigest()}"
 
 
-def _restored(archive: Archive, text: Text, maker: Prefiller) -> Piece | None:
+def _restored(archive: Archive, text: Text, maker: Prefiller) -> StoredPiece | None:
     """The piece of these tokens, whole, as it is stored; None where any of it is missing."""
-    from memos.kv.pieces import Piece
+    from memos.kv.pieces import StoredPiece
 
     ids = list(text.token_ids)
     session = archive.tenant.session(_id(text, archive))
@@ -336,8 +336,7 @@ def _restored(archive: Archive, text: Text, maker: Prefiller) -> Piece | None:
     restored = archive.restore(ids, session, maker.device)
     if restored.tokens != len(ids):
         return None
-    pairs = [layer.dense() for layer in restored.cache.stored_layers]
-    return Piece(tuple(ids), [key for key, _ in pairs], [value for _, value in pairs])
+    return StoredPiece(tuple(ids), restored.cache.stored_layers)
 
 
 def _keep(archive: Archive, text: Text, piece: Piece) -> None:
