@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from memos import MOS
+from memos import MOS, GeneralTextMemory
 from memos.cube import MemCube, Version
 
 MARK = "zqxjkw"  # in every text that the tests store
@@ -73,3 +74,29 @@ def told(version: Version) -> dict[str, Any]:
 def close_all(*stores: MOS) -> None:
     for mos in stores:
         mos.close()
+
+
+def opened(path: Path, key: Any = KEY, **more: Any) -> MOS:
+    mos = MOS(path, key=key, **more)
+    if "notes" not in mos.memories:
+        mos.register_memory(GeneralTextMemory("notes", embedder=None))
+    return mos
+
+
+def filled(path: Path, count: int = 20) -> list[str]:
+    with opened(path) as mos:
+        return [mos.add("notes", f"{MARK} {i}", {"n": i}).id for i in range(count)]
+
+
+def contents(mos: MOS) -> set[str]:
+    return {cube.content for cube in mos.memory("notes").cubes(None)}
+
+
+def rows(path: Path, statement: str, *values: Any) -> list[Any]:
+    """Of the file itself, in a transaction of its own."""
+    db = sqlite3.connect(path / "records.sqlite")
+    try:
+        with db:
+            return db.execute(statement, values).fetchall()
+    finally:
+        db.close()

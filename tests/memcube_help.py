@@ -160,3 +160,21 @@ def changed(data: bytes, name: str, change: Callable[[bytes], bytes]) -> bytes:
     members, info = parts_of(data)
     members[name] = (members[name][0], change(members[name][1]))
     return joined(members, info)
+
+
+def moved(mos: MOS, folder: Path, into: MOS | None = None, **options: Any) -> tuple[MOS, Any]:
+    """Everything of a store in another one; what it reported."""
+    path = folder / "moved.memcube"
+    mos.export(path, overwrite=True)
+    target = into or MOS()
+    return target, target.import_(path, embedder=None, **options)
+
+
+def vectors_in(mos: MOS, name: str) -> dict[str, bytes]:
+    with mos.records.database.read() as connection:
+        rows = connection.exec_driver_sql(
+            "SELECT c.id, v.data FROM vectors AS v JOIN cubes AS c ON c.seq = v.seq "
+            "WHERE c.memory = ? AND v.data IS NOT NULL",
+            (mos.memory(name).table.memory,),
+        )
+        return {row[0]: row[1] for row in rows}
