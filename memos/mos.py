@@ -21,6 +21,7 @@ from memos.facade.life import Lives
 from memos.facade.rights import Rights
 from memos.facade.schedule import Scheduling
 from memos.memories.declarative import DeclarativeMemory
+from memos.tracing import traced
 
 if TYPE_CHECKING:
     from memos.records.store import Records
@@ -272,6 +273,7 @@ class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding, Activation
         """Add a typed edge between two cubes of any memories; properties and weight in more."""
         self._holder(id, None).relate(id, type, target, **more)
 
+    @traced("memos.retrieve", lambda hits: {"memos.hits": len(hits)})
     def retrieve(
         self,
         memory_name: str | None = None,
@@ -346,6 +348,7 @@ class MOS(Histories, Lives, Rights, Files, Keys, Scheduling, Finding, Activation
             )
         return hits
 
+    @traced("memos.context", lambda context: {"memos.hits": len(context.hits)})
     def context(
         self,
         query: str,

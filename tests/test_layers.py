@@ -32,7 +32,8 @@ LAYERS = {
     "native": ["memos._C", "memos.triton_kernels"],
 }
 APART = ("engines", "policy")  # packages of these layers do not import one another
-BESIDE = ("memos.errors", "memos.settings")  # all may import them; they import nothing of memos
+# All may import them; they import nothing of memos.
+BESIDE = ("memos.errors", "memos.settings", "memos.tracing")
 FRONT = "memos"  # memos/__init__.py: names only, each imported where it lives at its first use
 
 # Folder of csrc -> folders whose headers it may include.

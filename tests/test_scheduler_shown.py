@@ -88,6 +88,22 @@ def test_figures_reach_an_exporter() -> None:
     units = {span.attributes["memos.unit"] for span in moves if span.attributes}
     assert units == {"hot", "broken"}
     assert all((span.end_time or 0) >= (span.start_time or 0) for span in moves)
+    spans.clear()
+    with MOS() as mos:
+        mos.register_memory(GeneralTextMemory("notes"))
+        for text in ("the cat eats at seven", "the dog sleeps"):
+            mos.add("notes", text)
+        mos.retrieve("notes", "cat", limit=1)
+        assert mos.context("when does the cat eat?").hits
+    ended = spans.get_finished_spans()
+    requests = [span for span in ended if span.name in ("memos.retrieve", "memos.context")]
+    assert [dict(span.attributes or {})["memos.hits"] for span in requests] == [1, 2]
+    stages = [span for span in ended if span.name == "memos.stage"]
+    parents = {span.context.span_id for span in requests if span.context}
+    assert stages
+    assert all(span.parent and span.parent.span_id in parents for span in stages)
+    assert {dict(span.attributes or {})["memos.memory"] for span in stages} == {"notes"}
+    assert not any("cat" in str(span.attributes) for span in ended)
     scheduler.close()
 
 

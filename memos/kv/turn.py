@@ -18,6 +18,7 @@ from memos.kv.model import ModelShape
 from memos.kv.payload import block_payloads, check_cache, load_cache, tail_payload
 from memos.kv.sessions import LIST, Session
 from memos.kv.tenant import Entry, Tenant
+from memos.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,7 @@ class Turn:
     def _is_used(self, cache: MemosCache) -> bool:
         return bool(cache.get_seq_length() != self.reused_tokens)
 
+    @traced("memos.kv.commit", lambda session: {"memos.tokens": len(session.token_ids)})
     def commit(
         self, output: Any = None, *, row: int = 0, metadata: dict[str, Any] | None = None
     ) -> Session:

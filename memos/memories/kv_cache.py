@@ -19,12 +19,18 @@ from memos.kv.store import KVStore
 from memos.memories import kv_rights
 from memos.memories.kv_inside import KVInside, checked
 from memos.memories.kv_pieces import KVPieces
+from memos.tracing import traced
 
 if TYPE_CHECKING:
     from memos.kv._crypto import Wraps
     from memos.kv.identity import KVIdentity
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Turn
+
+
+def _begun(turn: Turn) -> dict[str, Any]:
+    """Of a turn, for its span."""
+    return {"memos.tokens": len(turn.token_ids), "memos.tokens.reused": turn.reused_tokens}
 
 
 class KVCacheMemory(KVInside, KVPieces):
@@ -178,6 +184,7 @@ class KVCacheMemory(KVInside, KVPieces):
 
     # A chat application.
 
+    @traced("memos.kv.begin", _begun)
     def begin(
         self,
         session: str,

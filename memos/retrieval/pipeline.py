@@ -19,6 +19,7 @@ from memos.retrieval.rerank import LateInteraction, Rerank
 from memos.retrieval.source import Scope, Source
 from memos.retrieval.stages import Fuse, TextSearch, VectorSearch
 from memos.retrieval.units import Units
+from memos.tracing import traced
 
 
 def default_stages() -> list[Stage]:
@@ -141,11 +142,22 @@ class Pipeline:
         return units
 
 
+def _told(candidates: Candidates) -> dict[str, Any]:
+    """Of a stage, for its span."""
+    ran = candidates.stages[-1]
+    return {
+        "memos.stage": ran.stage,
+        "memos.memory": ran.memory,
+        "memos.candidates": ran.candidates,
+    }
+
+
 def name_of(stage: Stage) -> str:
     """The name of a stage: its attribute ``name``, or a function's own."""
     return str(getattr(stage, "name", None) or getattr(stage, "__name__", type(stage).__name__))
 
 
+@traced("memos.stage", _told)
 def _run_stage(stage: Stage, query: Query, candidates: Candidates) -> Candidates:
     start, before = time.perf_counter(), set(candidates.weights)
     after = stage(query, candidates)

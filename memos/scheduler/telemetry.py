@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from memos.tracing import SCOPE, tracer
+
 if TYPE_CHECKING:
     from memos.scheduler.scheduler import Scheduler
     from memos.scheduler.worker import Outcome
 
-SCOPE = "memos"
 _all: weakref.WeakValueDictionary[int, Scheduler] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -77,8 +78,8 @@ class Telemetry:
 
 
 class _Instruments:
-    def __init__(self, metrics: Any, trace: Any) -> None:
-        self.tracer = trace.get_tracer(SCOPE)
+    def __init__(self, metrics: Any) -> None:
+        self.tracer = tracer()
         meter = metrics.get_meter(SCOPE)
         self._observation = metrics.Observation
         for name, unit in (("bytes", "By"), ("budget", "By"), ("units", "{unit}")):
@@ -113,7 +114,7 @@ class _Instruments:
 def _instruments() -> _Instruments | None:
     """Made once: an instrument of a name is there once in a process."""
     try:
-        from opentelemetry import metrics, trace
+        from opentelemetry import metrics
     except ModuleNotFoundError:
         return None
-    return _Instruments(metrics, trace)
+    return _Instruments(metrics)
