@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,53 +15,24 @@ torch = pytest.importorskip("torch", reason="adapters are torch tensors")
 
 from memos.adapters import _products  # noqa: E402
 from memos.adapters.adapter import MAX_RANK, Adapter, Factors  # noqa: E402
-from memos.adapters.merge import METHODS, combine, merge_into_base  # noqa: E402
+from memos.adapters.merge import METHODS, combine  # noqa: E402
 from memos.errors import ArgumentError  # noqa: E402
+
+from .adapter_merge_help import (  # noqa: E402
+    SHAPES,
+    distance,
+    error_of,
+    in_peft,
+    llama,
+    product,
+    random_adapter,
+    shapes_of,
+    summed,
+)
 
 torch.set_num_threads(1)
 
-SHAPES = {"a.tall": (24, 40), "a.wide": (48, 20), "b.square": (32, 32)}  # (I, O)
 DENSE = ("ties", "dare", "dare_ties")
-
-
-def random_adapter(
-    seed: int,
-    shapes: Mapping[str, tuple[int, int]] = SHAPES,
-    rank: int | Mapping[str, int] = 4,
-    scale: float = 2.0,
-    dtype: torch.dtype = torch.float32,
-    **card: Any,
-) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    factors = {}
-    for name, (width, height) in shapes.items():
-        R = rank if isinstance(rank, int) else rank[name]
-        down = torch.randn(R, width, generator=generator) / math.sqrt(width)
-        up = torch.randn(height, R, generator=generator)
-        factors[name] = Factors(down.to(dtype), up.to(dtype), scale)
-    return Adapter(factors, {"task_type": "CAUSAL_LM"}, card)
-
-
-def product(factors: Factors) -> torch.Tensor:
-    return factors.scale * factors.up.double() @ factors.down.double()
-
-
-def summed(adapters: Sequence[Adapter], weights: Sequence[float], name: str) -> torch.Tensor:
-    parts = [
-        w * product(a.factors[name])
-        for a, w in zip(adapters, weights, strict=True)
-        if name in a.factors
-    ]
-    return torch.stack(parts).sum(0)
-
-
-def distance(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).norm() / want.norm())
-
-
-def error_of(adapter: Adapter, name: str) -> float:
-    return float(adapter.card["recipe"]["error"]["layers"][name])
-
 
 WEIGHTS = st.floats(-3, 3).filter(lambda w: abs(w) > 0.01)
 
@@ -395,57 +365,6 @@ def test_what_cannot_be_combined_is_named(
 # PEFT
 
 
-def llama(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    from tests import models
-
-    return models.build("llama", dtype=dtype, **changes)
-
-
-def gpt2(dtype: torch.dtype = torch.float32) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3,
-        bos_token_id=None, eos_token_id=None, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-    )  # fmt: skip
-    return transformers.GPT2LMHeadModel(config).to(dtype).eval()
-
-
-def shapes_of(model: Any) -> dict[str, tuple[int, int]]:
-    """(I, O) of the layers inside the blocks."""
-    shapes = {}
-    for name, module in model.named_modules():
-        if name == "lm_head":
-            continue
-        if isinstance(module, torch.nn.Linear):
-            shapes[name] = (module.in_features, module.out_features)
-        elif type(module).__name__ == "Conv1D":
-            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
-    return shapes
-
-
-def in_peft(model: Any, adapters: Sequence[Adapter], tmp_path: Path) -> Any:
-    """The model under PEFT, with the adapters "0", "1", ... read from files."""
-    peft = pytest.importorskip("peft")
-    from safetensors.torch import save_file
-
-    for i, adapter in enumerate(adapters):
-        folder = tmp_path / str(i)
-        folder.mkdir()
-        tensors = {}
-        for name, factors in adapter.factors.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = factors.down.contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = factors.up.contiguous()
-        save_file(tensors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(adapter.config))
-        if i:
-            model.load_adapter(folder, str(i))
-        else:
-            model = peft.PeftModel.from_pretrained(model, folder, "0")
-    return model
-
-
 def peft_product(model: Any, layer: str, adapter: str) -> torch.Tensor:
     module = model.base_model.model.get_submodule(layer)
     up, down = module.lora_B[adapter].weight.detach(), module.lora_A[adapter].weight.detach()
@@ -470,226 +389,6 @@ def test_peft_reads_what_was_combined_and_its_cat_agrees(tmp_path: Path) -> None
         ours = combine(adapters, [0.7, -0.4], method)
         for name, factors in ours.factors.items():
             assert distance(product(factors), peft_product(wrapped, name, theirs)) < 1e-5
-
-
-# Into the base
-
-
-def bytes_of(model: Any) -> dict[str, tuple[int, int, bytes]]:
-    return {
-        name: (id(p), p.data_ptr(), p.detach().contiguous().view(torch.uint8).numpy().tobytes())
-        for name, p in model.named_parameters(remove_duplicate=False)
-    }
-
-
-MODELS = {"llama": llama, "gpt2": gpt2}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merged_weights_are_rounded_once_and_the_base_comes_back(
-    kind: str, dtype: torch.dtype
-) -> None:
-    model = MODELS[kind](dtype)
-    shapes = shapes_of(model)
-    some = {name: shapes[name] for name in list(shapes)[:5]}
-    adapters = [random_adapter(1, shapes, dtype=torch.bfloat16), random_adapter(2, some, rank=3)]
-    before = bytes_of(model)
-    weights = {name: p.detach().double() for name, p in model.named_parameters()}
-    merged = merge_into_base(model, adapters, [0.5, -2])
-    assert set(merged.layers) == set(shapes)
-    for name in shapes:
-        delta = summed(adapters, [0.5, -2], name)
-        want = weights[f"{name}.weight"] + (delta if kind == "llama" else delta.T)
-        got = model.get_submodule(name).weight
-        assert got.dtype == dtype
-        one_rounding = torch.finfo(dtype).eps / 2 * want.abs() + 6e-6
-        assert bool(((got.double() - want).abs() <= one_rounding).all())
-    assert merged.num_bytes == sum(model.get_submodule(n).weight.nbytes for n in shapes)
-    for name, (_, _, data) in before.items():
-        if name.removesuffix(".weight") not in shapes:
-            assert bytes_of(model)[name][2] == data
-    merged.unmerge()
-    assert bytes_of(model) == before
-    merged.unmerge()
-    assert bytes_of(model) == before
-
-
-def test_the_merged_model_says_what_the_adapter_says(tmp_path: Path) -> None:
-    from tests import models
-
-    for kind, build in MODELS.items():
-        adapter = combine([random_adapter(4, shapes_of(build()), scale=0.5)], [1])
-        config = {**adapter.config, "fan_in_fan_out": kind == "gpt2"}
-        (tmp_path / kind).mkdir()
-        wrapped = in_peft(build(), [Adapter(adapter.factors, config)], tmp_path / kind)
-        model, ids = build(), models.prompt(12)
-        with torch.no_grad():
-            base, want = model(ids).logits, wrapped(ids).logits
-            with merge_into_base(model, adapter) as merged:
-                assert merged.active
-                got = model(ids).logits
-            assert not merged.active
-            assert torch.equal(model(ids).logits, base)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
-        assert float((got - base).abs().max()) > 0.1
-
-
-@given(history=st.lists(st.one_of(st.none(), st.integers(0, 5)), max_size=14))
-@settings(max_examples=25)
-def test_any_history_of_merges_comes_back(history: list[int | None]) -> None:
-    layers = torch.nn.ModuleDict({"x": torch.nn.Linear(8, 6), "y": torch.nn.Linear(6, 8)})
-    layers.to(torch.bfloat16)
-    states, stack = [bytes_of(layers)], []
-    for step in history:
-        if step is not None:
-            names = [["x"], ["y"], ["x", "y"]][step % 3]
-            adapter = random_adapter(step, {n: ((8, 6) if n == "x" else (6, 8)) for n in names})
-            stack.append(merge_into_base(layers, adapter))
-            states.append(bytes_of(layers))
-        elif stack:
-            last = stack.pop()
-            for under in stack:
-                if set(under.layers) & set(last.layers):
-                    with pytest.raises(ArgumentError, match="undo what was merged later"):
-                        under.unmerge()
-                    assert under.active
-            assert bytes_of(layers) == states.pop()
-            last.unmerge()
-        assert bytes_of(layers) == states[-1]
-
-
-def test_an_exception_inside_the_block_unmerges() -> None:
-    model = llama()
-    before = bytes_of(model)
-
-    def fails_while_merged() -> None:
-        with merge_into_base(model, random_adapter(1, shapes_of(model))):
-            assert bytes_of(model) != before
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails_while_merged()
-    assert bytes_of(model) == before
-
-
-@pytest.mark.parametrize("layer", ["lm_head", "model.layers.0.self_attn.q_proj"])
-def test_a_tied_weight_stays_as_it_is_for_the_other_user(layer: str) -> None:
-    model = llama(tie_word_embeddings=True)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    before = bytes_of(model)
-    module = model.get_submodule(layer)
-    adapter = random_adapter(1, {layer: (module.in_features, module.out_features)})
-    merged = merge_into_base(model, adapter)
-    assert module.weight is not merged._places[0].base
-    assert bytes_of(model)["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]
-    merged.unmerge()
-    assert bytes_of(model) == before
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def test_tying_or_moving_meanwhile_is_named() -> None:
-    model = llama(tie_word_embeddings=True)
-    before = bytes_of(model)
-    merged = merge_into_base(model, random_adapter(1, {"lm_head": (32, 97)}))
-    placed = model.lm_head.weight
-    model.tie_weights()
-    with pytest.raises(ArgumentError, match=r"layer 'lm_head' no longer has the merged weight"):
-        merged.unmerge()
-    model.lm_head.weight = placed
-    model.lm_head.to(torch.bfloat16)
-    with pytest.raises(ArgumentError, match=r"merged as torch.float32 on cpu and is now torch.bf"):
-        merged.unmerge()
-    model.lm_head.to(torch.float32)
-    merged.unmerge()
-    assert bytes_of(model) == before
-
-
-class Stubborn(torch.nn.Linear):
-    """Takes no other weight once it is locked."""
-
-    locked = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and self.locked:
-            raise RuntimeError("locked")
-        super().__setattr__(name, value)
-
-
-def layer_of(kind: str) -> torch.nn.Module:
-    if kind == "int8":
-        linear = torch.nn.Linear(32, 32)
-        linear.weight = torch.nn.Parameter(torch.ones(32, 32, dtype=torch.int8), False)
-    elif kind == "float8":
-        linear = torch.nn.Linear(32, 32)
-        data = linear.weight.data.to(torch.float8_e4m3fn)
-        linear.weight = torch.nn.Parameter(data, requires_grad=False)
-    elif kind == "float64":
-        linear = torch.nn.Linear(32, 32, dtype=torch.float64)
-    elif kind == "packed":
-
-        class Packed(torch.nn.Parameter):
-            pass
-
-        linear = torch.nn.Linear(32, 32)
-        linear.weight = Packed(torch.ones(32, 32))
-    elif kind == "meta":
-        linear = torch.nn.Linear(32, 32, device="meta")
-    elif kind == "parametrised":
-        linear = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(32, 32))
-    elif kind == "narrow":
-        linear = torch.nn.Linear(16, 32)
-    elif kind == "embedding":
-        linear = torch.nn.Embedding(32, 32)
-    elif kind == "locked":
-        linear = Stubborn(32, 32)
-        linear.locked = True
-    return linear
-
-
-@pytest.mark.parametrize(
-    ("kind", "error", "message"),
-    [
-        (
-            "int8",
-            ArgumentError,
-            "'b': a weight of float32, .* wanted, got Parameter of torch.in",
-        ),
-        ("float64", ArgumentError, "'b': .* of torch.float64"),
-        ("float8", ArgumentError, "'b': .* of torch.float8_e4m3fn: a quantised weight"),
-        ("packed", ArgumentError, "'b': .* got Packed of torch.float32"),
-        ("meta", ArgumentError, "'b': its weight is on the meta device"),
-        ("parametrised", ArgumentError, "'b': a plain weight wanted"),
-        ("narrow", ArgumentError, r"'b' is of \[O, I\] = \[32, 16\] in the model, of \[32, 32\]"),
-        ("embedding", ArgumentError, "'b': Linear or Conv1D wanted, got Embedding"),
-        ("locked", RuntimeError, "locked"),
-    ],
-)
-def test_nothing_is_half_merged(kind: str, error: type[Exception], message: str) -> None:
-    names = dict.fromkeys("abc", (32, 32))
-    layers = torch.nn.ModuleDict({n: torch.nn.Linear(32, 32) for n in "ac"} | {"b": layer_of(kind)})
-    before = {n: layers[n].weight for n in "ac"}
-    with pytest.raises(error, match=message):
-        merge_into_base(layers, random_adapter(1, names))
-    assert all(layers[n].weight is weight for n, weight in before.items())
-
-
-def test_what_does_not_fit_the_model_is_named() -> None:
-    shared = torch.nn.Linear(8, 8)
-    layers = torch.nn.ModuleDict({"x": shared, "y": shared})
-    for adapters, weights, message in [
-        (random_adapter(1, {"x": (8, 8), "z": (8, 8)}), None, "'z': the model ModuleDict has none"),
-        (random_adapter(1, {"x": (8, 8), "y": (8, 8)}), None, "two of .* are the same"),
-        ([random_adapter(1, {"x": (8, 8)})], [1, 2], "weights: one per adapter"),
-        ([random_adapter(1, {"x": (8, 8)})], [math.nan], r"weights\[0\]"),
-        ([], None, "adapters: one or more"),
-        (Adapter({"x": Factors(torch.ones(1, 8), torch.full((8, 1), math.inf), 1.0)}, {}), None,
-         "not finite"),
-    ]:  # fmt: skip
-        before = shared.weight
-        with pytest.raises(ArgumentError, match=message):
-            merge_into_base(layers, adapters, weights)
-        assert shared.weight is before
 
 
 def test_factorize_keeps_what_a_gram_matrix_can_tell_apart() -> None:
