@@ -17,7 +17,8 @@ from memos.errors import ArgumentError
 from memos.kernels.kv import PackedRows
 from memos.kv._lanes import stacked
 from memos.kv.cache import MemosCache
-from memos.kv.device import DevicePool, home_of
+from memos.kv.device import home_of
+from memos.kv.device_pools import BlockPool
 from memos.kv.identity import KVIdentity
 from memos.kv.layer import MemosLayer, Pair, encode_blocks
 
@@ -30,7 +31,7 @@ def load_cache(
     tail: memoryview | None,
     identity: KVIdentity,
     device: torch.device | str,
-    pool: DevicePool | None = None,
+    pool: BlockPool | None = None,
     keys: Sequence[bytes] = (),
 ) -> None:
     """Fill an empty cache with stored blocks and a stored tail.
@@ -47,7 +48,7 @@ def load_cache(
     """
     layers = cache.stored_layers
     L, block_bytes = len(layers), identity.block_bytes()
-    packed = [_shared(p, block_bytes).view(L, -1) for p in payloads]
+    packed = packed_rows(payloads, identity)
     home = home_of(torch.device(device))
     if packed and pool is not None:
         packed = pool.through(keys, packed)
@@ -60,6 +61,12 @@ def load_cache(
     tails = _exact(tail or b"", identity, device)
     for i, layer in enumerate(layers):
         layer.load(blocks[i], sinks[i], tails[i])
+
+
+def packed_rows(payloads: Sequence[memoryview], identity: KVIdentity) -> list[torch.Tensor]:
+    """The packed bytes of full blocks, uint8 [L, E] each, over the payloads' memory."""
+    size, L = identity.block_bytes(), identity.num_layers
+    return [_shared(payload, size).view(L, -1) for payload in payloads]
 
 
 def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]:

@@ -11,7 +11,7 @@ import torch
 
 from memos.errors import ArgumentError
 from memos.kv.cache import MemosCache, MemosLayer, common_prefix, token_list
-from memos.kv.device import PoolOnDemand
+from memos.kv.device_pools import PoolOnDemand
 from memos.kv.frame import ZERO_KEY
 from memos.kv.identity import KVIdentity
 from memos.kv.model import ModelShape
@@ -28,6 +28,7 @@ class Restored:
     cache: MemosCache
     tokens: int
     stored_bytes: int
+    from_device: bool = False  # all its blocks were in the pool
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ class Archive:
         pool = self.pools(identity, device) if self.pools is not None else None
         if pool is not None:
             pool.drop_unless(lambda key: self.tenant.contains([key]) == 1)
+        pooled = pool is not None and 0 < len(blocks) == pool.contains(keys[: len(blocks)])
         load_cache(cache, blocks, tail, identity, device, pool, keys[: len(blocks)])
         if tail is not None:
             cache.crop(n * P + tail_tokens - cache.get_seq_length())
         cache.token_ids = ids[: cache.get_seq_length()]
         size = sum(len(p) for p in blocks) + identity.tail_bytes(tail_tokens if tail else 0)
-        return Restored(cache, cache.get_seq_length(), size)
+        return Restored(cache, cache.get_seq_length(), size, pooled)
 
     def store(
         self, session_id: str, cache: MemosCache, metadata: dict[str, Any]
@@ -213,6 +215,7 @@ class Turn:
         reused_tokens: how many of them came from the store.
         stored_bytes, raw_bytes: of the reused tokens: as stored, and as the model makes them;
             after ``commit`` of all tokens that the session keeps.
+        from_device:   whether all reused blocks were on the model's device already.
         stored_tokens, new_blocks: after ``commit``: tokens kept, blocks and tails newly written.
 
     Not thread-safe; different turns are independent.
@@ -238,6 +241,7 @@ class Turn:
         self._start.inputs(token_ids)  # one token less than the prompt at most
         self.reused_tokens = self._start.get_seq_length()
         self.stored_bytes = restored.stored_bytes
+        self.from_device = restored.from_device
         self.raw_bytes = self.reused_tokens * archive.shape.token_bytes()
         self.stored_tokens = self.new_blocks = 0
         self.on_commit: Callable[[Turn], object] | None = None

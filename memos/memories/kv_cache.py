@@ -23,6 +23,7 @@ from memos.tracing import traced
 
 if TYPE_CHECKING:
     from memos.kv._crypto import Wraps
+    from memos.kv.device_pools import PoolOnDemand
     from memos.kv.identity import KVIdentity
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Turn
@@ -70,7 +71,7 @@ class KVCacheMemory(KVInside, KVPieces):
         ttl_s:          seconds that a block lives from when it was stored, and a session from its
             last turn.
         device:         where restored caches go; default: the model's device.
-        device_bytes:   of that device, for blocks that are restored often: a ``DevicePool``.
+        device_bytes:   of that device, for blocks that are restored often.
 
     Thread-safe, as far as each thread has its own turns and caches.
 
@@ -110,6 +111,7 @@ class KVCacheMemory(KVInside, KVPieces):
         device_bytes: int = 0,
     ) -> None:
         from memos.kv.cache import MemosCache
+        from memos.kv.device_pools import PoolOnDemand
         from memos.kv.model import shape_of, shape_of_model, tokenizer_digest
 
         if not isinstance(name, str) or not name:
@@ -133,9 +135,7 @@ class KVCacheMemory(KVInside, KVPieces):
         self.name, self.description = name, description
         self.max_cache_size, self.ttl_s = max_cache_size, ttl_s
         self._model, self._config, self._device = model, model_config, device
-        if device_bytes < 0:
-            raise ArgumentError(f"device_bytes: at least 0 wanted, got {device_bytes}")
-        self._device_bytes, self._pools = device_bytes, None
+        self._pools = PoolOnDemand(device_bytes)
         self._shape = shape_of(model_config) if model is None else shape_of_model(model)
         self._recent_tokens, self._clock = recent_tokens, clock
         self._tokenizer = tokenizer
@@ -431,6 +431,11 @@ class KVCacheMemory(KVInside, KVPieces):
     def tenant(self) -> Tenant:
         """Where the sessions and blocks stand."""
         return self._tenant
+
+    @property
+    def pools(self) -> PoolOnDemand:
+        """What stands on the model's device, and its budget."""
+        return self._pools
 
     @property
     def identity(self) -> KVIdentity:

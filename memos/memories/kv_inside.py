@@ -15,7 +15,7 @@ from memos.memories import kv_rights
 
 if TYPE_CHECKING:
     from memos.kv.cache import MemosCache
-    from memos.kv.device import PoolOnDemand
+    from memos.kv.device_pools import BlockPool, PoolOnDemand
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Archive
 
@@ -33,12 +33,11 @@ class KVInside:
     _clock: Callable[[], float]
     _config: Any
     _device: Any
-    _device_bytes: int
     _has_looked: bool
     _lock: threading.Lock
     _model: Any
     _options: dict[str, Any]
-    _pools: PoolOnDemand | None
+    _pools: PoolOnDemand
     _recent_tokens: int
     _shape: Any
     _tenant: Tenant
@@ -81,15 +80,16 @@ class KVInside:
                 restorable=None
                 if kv_rights.actor() is None
                 else partial(kv_rights.restorable, self.name, self._tenant),
-                pools=self._pools_of_device(),
+                pools=self._pools,
             )
 
-    def _pools_of_device(self) -> PoolOnDemand | None:
-        if self._device_bytes and self._pools is None:
-            from memos.kv.device import PoolOnDemand
-
-            self._pools = PoolOnDemand(self._device_bytes, "lru")
-        return self._pools
+    def device_pool(self, identity: Any) -> BlockPool | None:
+        """Where blocks of this identity stand on the model's device; None: nowhere."""
+        device = self._device or getattr(self._model, "device", None)
+        if device is None:
+            made = self._pools.pool
+            device = "cpu" if made is None else made.device
+        return self._pools(identity, device)
 
     def _tell(self, id: str, what: str = "read") -> None:
         if self.observer is not None:

@@ -111,7 +111,8 @@ class Ranking:
                 gain = self.worth * (here - state.access_s[:, t]) * rules.horizon_s
                 pays = (gain > rules.background * making) & possible[:, t] & buildable
             # A copy that leaves the tier above and is the last one.
-            nearer = _any(self.wanted[:, :t])
+            near = self.wanted[:, :t]
+            nearer = _any(near if state.mirror is None else near & ~state.mirror[:, :t])
             leaves = possible[:, t] & ~has & ~nearer & _any(state.copies[:, :t])
             leaves &= ~_any(state.copies[:, t + 1 :])
             with numpy.errstate(invalid="ignore"):
@@ -232,6 +233,11 @@ class _Moves:
     def _has(self, unit: int, t: int) -> bool:
         return self.changed.get((unit, t), bool(self.state.copies[unit, t]))
 
+    def _has_own(self, unit: int, t: int) -> bool:
+        """A copy that needs no other one."""
+        mirror = self.state.mirror
+        return self._has(unit, t) and (mirror is None or not bool(mirror[unit, t]))
+
     def _fits(self, unit: int, t: int) -> bool:
         size = int(self.state.num_bytes[unit, t])
         return size >= 0 and self.used[t] + size <= self.budget[t]
@@ -263,7 +269,7 @@ class _Moves:
         """A copy leaves: to a slower tier that wants it, away where another is, or not at all."""
         state, tiers = self.state, self.state.tiers
         why = self._value_words(unit, t)
-        others = [s for s in range(len(tiers)) if s != t and self._has(unit, s)]
+        others = [s for s in range(len(tiers)) if s != t and self._has_own(unit, s)]
         if others:
             size = self._put(unit, t, False)
             reason = f"{why}; {tiers[others[0]]} holds a copy"
@@ -295,7 +301,7 @@ class _Moves:
 
     def _arrive(self, unit: int, t: int) -> Action | None:
         state, tiers, rules = self.state, self.state.tiers, self.rules
-        sources = [s for s in range(len(tiers)) if self._has(unit, s)]
+        sources = [s for s in range(len(tiers)) if self._has_own(unit, s)]
         faster = [s for s in sources if s < t]
         if faster:
             return None  # it would only repeat what is nearer

@@ -26,6 +26,7 @@ class Engine:
         used:  bytes that it holds.
         limit: sets its quota; what does not fit goes at once; raises QuotaError where it cannot.
         owner: what holds them; of one that several memories share only the first counts.
+        loose: bytes of those that leave by themselves for what comes; None: none do.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Engine:
     used: Callable[[], int]
     limit: Callable[[int], object]
     owner: object = None
+    loose: Callable[[], int] | None = None
 
 
 class Source(Protocol):
@@ -137,7 +139,9 @@ class Shares:
             place = next((i for i, engine in enumerate(engines) if engine.name == name), None)
             if place is None:
                 return
-            need = engines[place].used() + num_bytes - quotas[place]
+            engine = engines[place]
+            loose = 0 if engine.loose is None else engine.loose()
+            need = engine.used() - loose + num_bytes - quotas[place]
             if need <= 0:
                 return
             wanted = list(quotas)

@@ -1,4 +1,4 @@
-"""The sessions of a KVCacheMemory as units: in memory and on disk."""
+"""The sessions of a KVCacheMemory as units: on the model's device, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from memos.errors import ArgumentError, NotFoundError, StoreError
 from memos.scheduler.plan import Action
 from memos.scheduler.sources import Engine
+from memos.scheduler.sources_device import DEVICE, DeviceTier, Here
 from memos.scheduler.units import KV, Estimate, Unit
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class _Known:
     keys: list[bytes]
     tokens: int
     updated_at: float
+    identity: bytes
 
 
 class KVSource:
@@ -87,7 +89,9 @@ class KVSource:
         self._store = memory.store
         self.has_disk = self._store.path is not None
         self.pace = Pace()
-        self._access = {HOST: Estimate(1e-10), DISK: Estimate(1e-9)}  # seconds per byte
+        # Seconds per byte.
+        self._access = {DEVICE: Estimate(5e-11), HOST: Estimate(1e-10), DISK: Estimate(1e-9)}
+        self.device = DeviceTier(memory, self._on_device)
         self._lock = threading.Lock()
         self._dirty: dict[str, None] = dict.fromkeys(
             session.id for session in memory.tenant.sessions()
@@ -118,6 +122,7 @@ class KVSource:
             self._uses.append((self.id(turn.session), now))
             if turn.stored_bytes:
                 where = self._was_in.get(turn.session, HOST)
+                where = DEVICE if turn.from_device else where
                 self._access[where].add(seconds / turn.stored_bytes)
         start = time.perf_counter()
 
@@ -140,13 +145,14 @@ class KVSource:
     def engines(self) -> Sequence[Engine]:
         store = self._store
         found = [
+            self.device.engine(),
             Engine(
                 self.name,
                 HOST,
                 lambda: store.held()[HOST],
                 lambda n: store.set_quotas(host_bytes=n),
                 store,
-            )
+            ),
         ]
         if self.has_disk:
             found.append(
@@ -177,8 +183,9 @@ class KVSource:
         for name in dirty:
             self._read(name)
         pinned = self.memory.tenant.pinned_keys()
+        here = self.device.here()
         for name in [*dirty, *moved]:
-            unit = self._measured(name, pinned)
+            unit = self._measured(name, pinned, here)
             if unit is None:
                 self._told.pop(name, None)
                 yield self.id(name)
@@ -188,6 +195,7 @@ class KVSource:
 
     def look_again(self) -> None:
         """Engines moved blocks by themselves: where those of every session are is looked up."""
+        self.device.forget()
         with self._lock:
             self._moved = tuple(self._known)
             for name in list(itertools.islice(self._absent, _READ)):
@@ -212,9 +220,11 @@ class KVSource:
                     self._moved = (*self._moved, *(sharers - {name}))
             if session is not None:
                 tokens = len(session.token_ids)
-                self._known[name] = _Known(session.keys, tokens, session.updated_at)
+                self._known[name] = _Known(
+                    session.keys, tokens, session.updated_at, session.identity
+                )
 
-    def _measured(self, name: str, pinned: set[bytes]) -> Unit | None:
+    def _measured(self, name: str, pinned: set[bytes], here: Here) -> Unit | None:
         with self._lock:
             known, is_open = self._known.get(name), name in self._open
             if known is None:
@@ -232,20 +242,46 @@ class KVSource:
             self._absent.pop(name, None)
         else:  # dropped, or deleted: that is found out by and by
             self._absent.setdefault(name)
+        sizes = dict.fromkeys(tiers, size)
+        device = self._device_copy(known, here)
+        if device is not None and copies:
+            sizes[DEVICE], is_here = device
+            copies |= {DEVICE} if is_here else set()
         self._was_in[name] = HOST if HOST in copies or not self.has_disk else DISK
         return Unit(
             self.id(name),
             KV,
-            num_bytes=dict.fromkeys(tiers, size),
+            num_bytes=sizes,
             copies=copies,
             pinned=bool(known.keys) and known.keys[-1] in pinned,
             in_use=is_open,
             rebuildable=True,
             rebuild_s=known.tokens * self.pace.prompt_s,
-            access_s={tier: whole * self._access[tier].value for tier in tiers},
+            access_s={tier: whole * self._access[tier].value for tier in sizes},
             last=known.updated_at,
             buildable=self._rebuild is not None,
+            mirror=DEVICE,
         )
+
+    def _device_copy(self, known: _Known, here: Here) -> tuple[int, bool] | None:
+        """What a session's full blocks take on the device, and whether they all are there; None
+        where they cannot be."""
+        if here is None or here[1].digest != known.identity:
+            return None
+        pool, identity = here
+        keys = known.keys[: known.tokens // identity.block_tokens]
+        if not keys:
+            return None
+        with self._lock:
+            part = sum(1.0 / max(len(self._sharers.get(key, ())), 1) for key in keys)
+        return max(int(part * pool.block_bytes), 1), pool.contains(keys) == len(keys)
+
+    def _on_device(self) -> set[bytes]:
+        """Keys of the sessions that have a copy there."""
+        with self._lock:
+            units = list(self._told.items())
+            told = [name for name, unit in units if DEVICE in unit.copies]
+            return {key for name in told if name in self._known for key in self._known[name].keys}
 
     def _opening(self, name: str) -> Unit:
         """A session whose first turn runs."""
@@ -256,6 +292,9 @@ class KVSource:
         stats = self._store.stats()
         disk = stats.get("disk", {"hits": 0})
         hits = {"host_hits": stats["host"]["hits"], "disk_hits": disk["hits"]}
+        device = self.memory.pools.stats()
+        if device:
+            hits["device_hits"] = device["hits"]
         return {"hit_rate": stats["hit_rate"], "sessions": len(self._known), **hits}
 
     # Moves
@@ -272,6 +311,17 @@ class KVSource:
             if self._rebuild is None:
                 raise ArgumentError(f"session {name!r}: its next turn computes it")
             self._rebuild(name)
+            if action.target != DEVICE:
+                return
+            session = self.memory.tenant.session(name)
+            if session is None:
+                raise NotFoundError(f"session {name!r}: not there")
+        if action.target == DEVICE:
+            try:
+                self.device.load(session, cancelled)
+            finally:
+                with self._lock:
+                    self._dirty[name] = None
             return
         if action.target == HOST:
             identity = self.memory.identity
@@ -293,10 +343,18 @@ class KVSource:
             if name in self._open:
                 raise ArgumentError(f"session {name!r}: a turn uses it")
             self._dirty[name] = None
+            known = self._known.get(name)
+            keys = [] if known is None else known.keys
+            own = [key for key in keys if self._sharers.get(key, set()) <= {name}]
+        if tier == DEVICE:
+            self.device.drop(own)
+            return
         try:
             self.memory.tenant.leave(name, tier)
         except NotFoundError:
             return  # it was deleted meanwhile
+        finally:
+            self.device.forget(keys)
 
     def archive(self, unit: str, why: str) -> None:
         raise ArgumentError(f"unit {unit!r}: a text wanted, sessions are not archived")

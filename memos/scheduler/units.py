@@ -42,6 +42,7 @@ class Unit:
         next_use:    when it is expected to be wanted, seconds; None: not known.
         archived:    of a text: it is already.
         buildable:   a worker can build it; else only whoever uses it does.
+        mirror:      tier whose copy is read through one in a slower tier, and is nothing without.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Unit:
     next_use: float | None = None
     archived: bool = False
     buildable: bool = True
+    mirror: str | None = None
 
 
 @dataclass
@@ -74,6 +76,7 @@ class State:
         heat, last, importance, rebuild_s, next_use: [n] float64; next_use nan: not known.
         pinned, in_use, rebuildable, archived: [n] bool.
         buildable: [n] bool; None: all are.
+        mirror:    [n, t] bool: copies there need another one; None: nowhere.
         access_s:  [n, t] float64.
     """
 
@@ -94,6 +97,7 @@ class State:
     archived: Array
     half_life_s: float = HALF_LIFE_S
     buildable: Array | None = None
+    mirror: Array | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -147,6 +151,9 @@ class State:
             next_use=numpy.array(nexts, float),
             archived=column("archived", bool),
             buildable=column("buildable", bool),
+            mirror=table(lambda unit, tier: unit.mirror == tier, bool)
+            if any(unit.mirror for unit in rows)
+            else None,
             half_life_s=half_life_s,
         )
 
