@@ -94,7 +94,7 @@ def test_histories(room: int, steps: list[tuple[str, int, int]]) -> None:
             pool.set_budget(model.room * SIZE + first % SIZE)
             model.shrink(model.room, set())
         assert pool.held() <= pool.budget_bytes
-        assert {int(key[-2:]) for key in pool.keys()} == model.last.keys()  # noqa: SIM118
+        assert {int(key[-2:]) for key in pool.held_keys()} == model.last.keys()
         for key, block in pool._blocks.items():
             assert torch.equal(block, ROWS[int(key[-2:])])
     assert pool.held() == len(model.last) * SIZE

@@ -60,7 +60,7 @@ class BlockPool:
         with self._lock:
             return next((n for n, key in enumerate(keys) if key not in self._blocks), len(keys))
 
-    def keys(self) -> list[bytes]:
+    def held_keys(self) -> list[bytes]:
         """Of all blocks."""
         with self._lock:
             return list(self._blocks)
@@ -150,7 +150,7 @@ class BlockPool:
 
     def drop_unless(self, known: Callable[[bytes], bool]) -> int:
         """Forget the blocks that the store does not know any more. Returns how many."""
-        gone = [key for key in self.keys() if not known(key)]
+        gone = [key for key in self.held_keys() if not known(key)]
         return self.drop(gone)
 
     # Inside

@@ -89,13 +89,13 @@ class DeviceTier:
         """Wipe what the store has forgotten, of these blocks or of all."""
         pool, tenant = self._pools.pool, self._memory.tenant
         if pool is not None and len(pool):
-            known = pool.keys() if keys is None else keys
+            known = pool.held_keys() if keys is None else keys
             pool.drop([key for key in known if not tenant.contains([key])])
 
     def _loose(self, pool: BlockPool) -> list[bytes]:
         """Blocks that make no session whole."""
         whole = self._whole()
-        return [key for key in pool.keys() if key not in whole]  # noqa: SIM118
+        return [key for key in pool.held_keys() if key not in whole]
 
     def _loose_bytes(self) -> int:
         pool = self._pools.pool
