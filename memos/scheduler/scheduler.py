@@ -305,6 +305,9 @@ class Scheduler:
         Raises:
             NotFoundError: no such unit.
         """
+        if self._router is not None and self.find(id) is None:
+            self._router.ask(id)
+            self.refresh()
         unit = self.unit(id)
         now = self.clock() if now is None else now
         state = self.state()

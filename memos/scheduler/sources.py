@@ -206,6 +206,12 @@ class Router:
                     self._of[unit.id] = source.name
                 yield unit
 
+    def ask(self, unit: str) -> None:
+        """A unit that was not told of is wanted, from the sources that know more than they tell."""
+        for source in list(self._sources.values()):
+            if unit.startswith(f"{source.name}/") and hasattr(source, "ask"):
+                source.ask(unit)
+
     def look_again(self) -> None:
         """Engines may have moved something by themselves."""
         for source in list(self._sources.values()):
