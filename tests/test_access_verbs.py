@@ -226,7 +226,8 @@ CLOSED = {
     VectorMemory: "",
     ParametricMemory: "attach check detach files fits pool sweep",
     KVCacheMemory: "activate activated calibrate clear clear_pieces close compose curve deactivate "
-    "identity is_activated list_of shows_any tenant text text_of tokenizer tokens_of",
+    "device_pool identity is_activated list_of pools shows_any tenant text text_of tokenizer "
+    "tokens_of",
 }
 
 
