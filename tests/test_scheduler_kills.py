@@ -103,7 +103,7 @@ def test_kills_at_random_moments(tmp_path: Path) -> None:
             wait_for(tmp_path, "session")
             if is_moving:
                 wait_for(tmp_path, "begins")
-            time.sleep(rng.uniform(0, 0.003 if is_moving else 0.9))
+            time.sleep(rng.uniform(0, 0.003 if is_moving else 0.6))
             os.kill(child, signal.SIGKILL)
             assert parent.stdout.readline() == "killed\n"
             whole += look(tmp_path)
