@@ -34,7 +34,7 @@ def kv_memory(folder: Path) -> KVCacheMemory:
 def budgets(kv: KVCacheMemory) -> dict[str, int]:
     """Less than what all sessions take, in every tier."""
     block = kv.identity.block_bytes()
-    return {"device": 12 * block, "host": 24 * block, "disk": 120 * block}
+    return {"device": 12 * block, "host": 24 * block, "disk": 64 * block}
 
 
 def schedule(mos: MOS, kv: KVCacheMemory, every_s: float | None) -> Any:
