@@ -7,6 +7,10 @@ making it takes, and an idle copy stays until its room is wanted.
 
 The moves stand in an order in which each of them leaves a valid state: room is made before it is
 used, the slowest tier first, and a last copy that cannot be built again is never given up.
+
+Where a last copy would go it is compressed again instead, if it can be, if there is room for both
+for a moment, and if at its smaller size it is worth its place. So are those that are worth least
+in a tier that is nearly full: what is written next then evicts nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from memos.scheduler.units import ADAPTER, KINDS, KV, TEXT, Array, State
 
 PROMOTE, DEMOTE, PREFETCH, DROP = "promote", "demote", "prefetch", "drop"
 ARCHIVE, ACTIVATE, CONSOLIDATE = "archive", "activate", "consolidate"
+COMPRESS = "compress"
 
 _STAYS = 1.1  # a copy that is there is worth more than an equal one that is not: no see-saw
 _PASSED_OVER = 16
@@ -31,10 +36,10 @@ class Action:
     """One move.
 
     Args:
-        kind:      promote, demote, prefetch, drop, archive, activate or consolidate.
+        kind:      promote, demote, prefetch, drop, archive, activate, consolidate or compress.
         unit:      its id.
         source:    tier that loses the copy (demote, drop) or gives one (promote, prefetch).
-        target:    tier that gets one.
+        target:    tier that gets one; to compress, the source itself.
         num_bytes: that the target takes, or for a drop that the source gives back.
         reason:    why, in words and numbers.
     """
@@ -57,6 +62,8 @@ class Rules:
         archive_rate: a text of fewer expected uses per second, weighted by importance, is
             archived; 0: none.
         background:   what a second of work in the background weighs against one that someone waits.
+        compress_above: share of a tier's budget; where more is taken, what is worth least there is
+            compressed again, as far as it can be. 1: only what would be dropped.
         build:        kinds that may be built: kv (activate), adapter (consolidate).
     """
 
@@ -65,6 +72,7 @@ class Rules:
     archive_rate: float = 0.0
     build: tuple[str, ...] = (KV, ADAPTER)
     background: float = 0.5
+    compress_above: float = 0.8
 
 
 class Ranking:
@@ -212,12 +220,14 @@ class _Moves:
         self.used = [used[tier] for tier in state.tiers]
         self.left = rules.limit
         self.changed: dict[tuple[int, int], bool] = {}  # copies that the actions so far changed
+        self.compressed: set[int] = set()
         # A million wishes are not looked at when a thousand can be done.
         self.arrivals = [self._arrivals(t) for t in range(len(state.tiers))]
 
     def all(self) -> Iterator[Action]:
         for t in reversed(range(len(self.state.tiers))):
             yield from self._make_room(t)
+            yield from self._squeeze(t)
         for t in range(len(self.state.tiers)):
             yield from self._bring(t)
         yield from self._archive()
@@ -254,6 +264,8 @@ class _Moves:
         for unit in units[: 4 * self.rules.limit].tolist():
             if self.left <= 0 or self.used[t] + coming <= self.budget[t]:
                 return
+            if unit in self.compressed or not self._has(unit, t):
+                continue
             action = self._leave(unit, t)
             if action is not None:
                 self.left -= 1
@@ -276,17 +288,86 @@ class _Moves:
             self._put(unit, t, False)
             reason = f"{why}; from {tiers[s]} it takes {state.access_s[unit, s]:.3g} s"
             return Action(DEMOTE, state.ids[unit], tiers[t], tiers[s], size, reason)
+        if self._can_shrink(unit, t) and self._density_smaller(unit, t) > self.ranking.price[t]:
+            return self._compress(unit, t, f"{why}; instead of dropping it, ")
         if not state.rebuildable[unit]:
             return None
         size = self._put(unit, t, False)
         reason = f"{why}; building it again takes {state.rebuild_s[unit]:.3g} s"
         return Action(DROP, state.ids[unit], tiers[t], None, size, reason)
 
+    def _squeeze(self, t: int) -> Iterator[Action]:
+        """In a tier that is nearly full what is kept for good there becomes smaller, the least
+        worth first; copies of it in faster tiers go before."""
+        state, ranking, tiers = self.state, self.ranking, self.state.tiers
+        if state.compressed is None:
+            return
+        limit = self.rules.compress_above * self.budget[t]
+        coming = int(state.num_bytes[self.arrivals[t], t].sum())
+        if self.used[t] + coming <= limit:
+            return
+        may = state.copies[:, t] & ~ranking.fixed & ~_any(state.copies[:, t + 1 :])
+        may &= (state.compressed[:, t] >= 0) & (state.compressed[:, t] < state.num_bytes[:, t])
+        units = numpy.flatnonzero(may)
+        lost = numpy.where(state.rebuildable[units], state.rebuild_s[units], numpy.inf)
+        lost = numpy.maximum(lost - state.access_s[units, t], 0.0)
+        with numpy.errstate(invalid="ignore"):
+            worth = numpy.nan_to_num(ranking.worth[units] * lost, nan=0.0, posinf=numpy.inf)
+        worth /= numpy.maximum(state.num_bytes[units, t], 1)
+        order = numpy.argsort(worth, kind="stable")[: 4 * self.rules.limit]
+        for unit, each in zip(units[order].tolist(), worth[order].tolist(), strict=True):
+            if self.used[t] + coming <= limit:
+                return
+            nearer = [s for s in range(t) if self._has(unit, s)]
+            if self.left <= len(nearer):
+                return
+            if not self._can_shrink(unit, t) or any(
+                (unit, s) in self.changed for s in range(len(tiers))
+            ):
+                continue
+            taken = f"{self.used[t] + coming:,} of {self.budget[t]:,} bytes in {tiers[t]}"
+            why = (
+                f"{float(ranking.rate[unit]) * 3600:.3g} uses an hour are worth {each:.3g} s per s "
+                f"and byte; {taken} are taken or wanted"
+            )
+            for s in nearer:
+                reason = f"{why}; it is compressed in {tiers[t]}, which holds a copy"
+                self.left -= 1
+                size = self._put(unit, s, False)
+                yield Action(DROP, state.ids[unit], tiers[s], None, size, reason)
+            self.left -= 1
+            yield self._compress(unit, t, f"{why}; ")
+
+    def _can_shrink(self, unit: int, t: int) -> bool:
+        """Whether a copy can become smaller, with room for both for a moment."""
+        if self.state.compressed is None:
+            return False
+        size = int(self.state.compressed[unit, t])
+        fits = self.used[t] + size <= self.budget[t]
+        return fits and 0 <= size < int(self.state.num_bytes[unit, t])
+
+    def _density_smaller(self, unit: int, t: int) -> float:
+        """What a copy is worth per byte once it is smaller."""
+        assert self.state.compressed is not None
+        size = max(int(self.state.compressed[unit, t]), 1)
+        return float(self.ranking.density[unit, t]) * int(self.state.num_bytes[unit, t]) / size
+
+    def _compress(self, unit: int, t: int, why: str) -> Action:
+        assert self.state.compressed is not None
+        old, size = int(self.state.num_bytes[unit, t]), int(self.state.compressed[unit, t])
+        tier = self.state.tiers[t]
+        self.used[t] += size - old
+        self.compressed.add(unit)
+        reason = f"{why}it takes {size:,} bytes in {tier} instead of {old:,}"
+        return Action(COMPRESS, self.state.ids[unit], tier, tier, size, reason)
+
     def _bring(self, t: int) -> Iterator[Action]:
         for unit in self.arrivals[t].tolist():
             if self.left <= 0:
                 return
             if self._has(unit, t) or not self._fits(unit, t) or self.ranking.fixed[unit]:
+                continue
+            if unit in self.compressed:  # what it takes from now on is not known for certain
                 continue
             action = self._arrive(unit, t)
             if action is not None:

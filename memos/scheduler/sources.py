@@ -58,6 +58,9 @@ class Source(Protocol):
     def archive(self, unit: str, why: str) -> None:
         """Archive a text."""
 
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        """As ``Executor.compress``."""
+
     def look_again(self) -> None:
         """Engines may have moved something by themselves: the next ``changed`` says so."""
 
@@ -238,3 +241,9 @@ class Router:
 
     def archive(self, unit: str) -> None:
         self.source(unit).archive(unit, "scheduler")
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        source = self.source(action.unit)
+        if action.target is not None:
+            self.shares.make(source.name, action.target, action.num_bytes)
+        return source.compress(action, cancelled)
