@@ -346,7 +346,7 @@ class Tenant:
 
         Args:
             session:  as it was when its blocks were read.
-            identity: digest; keys: of the new blocks.
+            identity: digest; keys: of the new blocks, each in place of an old one.
 
         Returns:
             Keys of the old blocks that no other session uses.
@@ -364,6 +364,9 @@ class Tenant:
             new = dataclasses.replace(now, identity=identity, keys=keys)
             self._sessions.save(new, session.keys)
             self._pinned = None
+            with self._state.lock:
+                for key, old in zip(keys, session.keys, strict=True):
+                    self._state.succeed(key, old)
             return self.give_up(session.id, session.keys)
 
     def session(self, id: str) -> Session | None:

@@ -62,8 +62,9 @@ class Rules:
         archive_rate: a text of fewer expected uses per second, weighted by importance, is
             archived; 0: none.
         background:   what a second of work in the background weighs against one that someone waits.
-        compress_above: share of a tier's budget; where more is taken, what is worth least there is
-            compressed again, as far as it can be. 1: only what would be dropped.
+        compress_above: share of a tier's budget; where more is taken, or less is left than one
+            more unit and its compression want, what is worth least there is compressed again, as
+            far as it can be.
         build:        kinds that may be built: kv (activate), adapter (consolidate).
     """
 
@@ -303,12 +304,17 @@ class _Moves:
         if state.compressed is None:
             return
         limit = self.rules.compress_above * self.budget[t]
-        coming = int(state.num_bytes[self.arrivals[t], t].sum())
-        if self.used[t] + coming <= limit:
-            return
+        coming = int(state.num_bytes[self.arrivals[t], t].sum()) + state.stray.get(tiers[t], 0)
         may = state.copies[:, t] & ~ranking.fixed & ~_any(state.copies[:, t + 1 :])
         may &= (state.compressed[:, t] >= 0) & (state.compressed[:, t] < state.num_bytes[:, t])
         units = numpy.flatnonzero(may)
+        if not len(units):
+            return
+        # Another one comes, as large as these are, and then it is compressed beside itself.
+        both = state.num_bytes[units, t].mean() + state.compressed[units, t].mean()
+        limit = min(limit, self.budget[t] - both)
+        if self.used[t] + coming <= limit:
+            return
         lost = numpy.where(state.rebuildable[units], state.rebuild_s[units], numpy.inf)
         lost = numpy.maximum(lost - state.access_s[units, t], 0.0)
         with numpy.errstate(invalid="ignore"):
@@ -321,9 +327,8 @@ class _Moves:
             nearer = [s for s in range(t) if self._has(unit, s)]
             if self.left <= len(nearer):
                 return
-            if not self._can_shrink(unit, t) or any(
-                (unit, s) in self.changed for s in range(len(tiers))
-            ):
+            moved = any((unit, s) in self.changed for s in range(len(tiers)))
+            if moved or unit in self.compressed or not self._can_shrink(unit, t):
                 continue
             taken = f"{self.used[t] + coming:,} of {self.budget[t]:,} bytes in {tiers[t]}"
             why = (

@@ -171,7 +171,11 @@ class Scheduler:
             used |= self._resting.keys()
         units = [_expected(unit, gaps.get(unit.id), now) for unit in known]
         units = [dataclasses.replace(u, in_use=True) if u.id in used else u for u in units]
-        return State.of(units, self.tiers, self.half_life_s)
+        state = State.of(units, self.tiers, self.half_life_s)
+        if self._router is not None and state.compressed is not None:
+            held, known_bytes = self._router.shares.used, state.used()
+            state.stray = {t: max(held(t) - known_bytes[t], 0) for t in self.tiers}
+        return state
 
     def plan(self) -> list[Action]:
         """What should be done now; nothing is."""

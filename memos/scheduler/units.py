@@ -77,6 +77,7 @@ class State:
         heat, last, importance, rebuild_s, next_use: [n] float64; next_use nan: not known.
         pinned, in_use, rebuildable, archived: [n] bool.
         buildable: [n] bool; None: all are.
+        stray:     by tier: bytes there that belong to no unit, which go when room is wanted.
         compressed: [n, t] int64, bytes of a copy that is compressed again; negative: it cannot be;
             None: none can.
         access_s:  [n, t] float64.
@@ -100,6 +101,7 @@ class State:
     half_life_s: float = HALF_LIFE_S
     buildable: Array | None = None
     compressed: Array | None = None
+    stray: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
