@@ -475,7 +475,7 @@ class KVCacheMemory(KVInside, KVPieces):
     @property
     def cold_identity(self) -> KVIdentity | None:
         """What compressed blocks of this memory are made for; None without ``cold_codec``."""
-        return self._archive().cold
+        return None if self._cold is None else self._archive().cold
 
     def text_of(self, token_ids: Sequence[int]) -> str | None:
         """What tokens say; None where this memory has no tokenizer that knows."""
