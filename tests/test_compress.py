@@ -107,10 +107,13 @@ def _empty(kv: KVCacheMemory) -> Any:
     return Session("empty", [], kv.identity.digest, [])
 
 
-def test_what_belongs_to_the_session_stays(tmp_path: Path) -> None:
-    """Times, pin, and the time to live of every block."""
+@pytest.mark.parametrize("key", [None, bytes(range(32))])
+def test_what_belongs_to_the_session_stays(key: bytes | None, tmp_path: Path) -> None:
+    """Times, pin, and the time to live of every block; also where all is encrypted."""
+    if key is not None:
+        pytest.importorskip("cryptography")
     now = [1000.0]
-    kv = chat(path=tmp_path, ttl_s=50.0, clock=lambda: now[0])
+    kv = chat(path=tmp_path, ttl_s=50.0, clock=lambda: now[0], encryption_key=key)
     output = fill(kv, tiny("llama"), prompt(30))
     now[0] += 20.0
     turn = kv.begin("a", output)

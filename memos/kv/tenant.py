@@ -334,7 +334,8 @@ class Tenant:
             keys = set(keys).difference(() if session is None else session.keys)
             doomed = keys - self._sessions.used_elsewhere(session_id, sorted(keys))
             # Blocks first: were the claims gone first, a crash would leave what no one deletes.
-            self._destroy(doomed | self._followers(doomed))
+            if doomed:
+                self._destroy(doomed | self._followers(doomed))
             self._sessions.release(session_id, keys)
             self._pinned = None
             return doomed
