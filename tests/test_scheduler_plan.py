@@ -56,6 +56,7 @@ def units(draw: Any, id: str) -> Unit:
         access_s={tier: draw(cost) for tier in sorted(places)},
         next_use=draw(st.none() | st.floats(NOW - 100, NOW + 5000)),
         archived=draw(st.booleans()),
+        buildable=draw(st.booleans()),
         compressed_bytes={tier: draw(size) for tier in sorted(smaller)},
     )
 

@@ -300,48 +300,95 @@ class _Moves:
     def _squeeze(self, t: int) -> Iterator[Action]:
         """In a tier that is nearly full what is kept for good there becomes smaller, the least
         worth first; copies of it in faster tiers go before."""
-        state, ranking, tiers = self.state, self.ranking, self.state.tiers
+        state, ranking = self.state, self.ranking
         if state.compressed is None:
             return
-        limit = self.rules.compress_above * self.budget[t]
-        coming = int(state.num_bytes[self.arrivals[t], t].sum()) + state.stray.get(tiers[t], 0)
+        sizes, smaller = state.num_bytes[:, t], state.compressed[:, t]
         may = state.copies[:, t] & ~ranking.fixed & ~_any(state.copies[:, t + 1 :])
-        may &= (state.compressed[:, t] >= 0) & (state.compressed[:, t] < state.num_bytes[:, t])
-        units = numpy.flatnonzero(may)
+        units = numpy.flatnonzero(may & (smaller >= 0) & (smaller < sizes))
         if not len(units):
             return
+        coming = int(sizes[self.arrivals[t]].sum()) + state.stray.get(state.tiers[t], 0)
         # Another one comes, as large as these are, and then it is compressed beside itself.
-        both = state.num_bytes[units, t].mean() + state.compressed[units, t].mean()
-        limit = min(limit, self.budget[t] - both)
+        both = float(sizes[units].mean() + smaller[units].mean())
+        limit = min(self.rules.compress_above * self.budget[t], self.budget[t] - both)
         if self.used[t] + coming <= limit:
             return
-        lost = numpy.where(state.rebuildable[units], state.rebuild_s[units], numpy.inf)
-        lost = numpy.maximum(lost - state.access_s[units, t], 0.0)
-        with numpy.errstate(invalid="ignore"):
-            worth = numpy.nan_to_num(ranking.worth[units] * lost, nan=0.0, posinf=numpy.inf)
-        worth /= numpy.maximum(state.num_bytes[units, t], 1)
-        order = numpy.argsort(worth, kind="stable")[: 4 * self.rules.limit]
-        for unit, each in zip(units[order].tolist(), worth[order].tolist(), strict=True):
-            if self.used[t] + coming <= limit:
+        worth = self._worth_in_the_end(numpy.flatnonzero(may), t)
+        going = self._victims(may, worth, t)
+        order = numpy.argsort(worth[units], kind="stable")[: 4 * self.rules.limit]
+        for unit in units[order].tolist():
+            if self.left <= 0 or self.used[t] + coming <= limit:
                 return
-            nearer = [s for s in range(t) if self._has(unit, s)]
-            if self.left <= len(nearer):
-                return
-            moved = any((unit, s) in self.changed for s in range(len(tiers)))
-            if moved or unit in self.compressed or not self._can_shrink(unit, t):
+            if self._is_changed(unit):
                 continue
-            taken = f"{self.used[t] + coming:,} of {self.budget[t]:,} bytes in {tiers[t]}"
+            taken = f"{self.used[t] + coming:,} of {self.budget[t]:,} bytes in {state.tiers[t]}"
             why = (
-                f"{float(ranking.rate[unit]) * 3600:.3g} uses an hour are worth {each:.3g} s per s "
-                f"and byte; {taken} are taken or wanted"
+                f"{float(ranking.rate[unit]) * 3600:.3g} uses an hour are worth "
+                f"{worth[unit]:.3g} s per s and byte; {taken} are taken or wanted"
             )
-            for s in nearer:
-                reason = f"{why}; it is compressed in {tiers[t]}, which holds a copy"
-                self.left -= 1
-                size = self._put(unit, s, False)
-                yield Action(DROP, state.ids[unit], tiers[s], None, size, reason)
+            while not self._can_shrink(unit, t) and going and worth[going[-1]] < worth[unit]:
+                victim = going.pop()
+                if not self._is_changed(victim):
+                    less = f"{worth[victim]:.3g} s per s and byte are less than those of"
+                    yield from self._gone(
+                        victim, t, f"{less} {state.ids[unit]}, which is compressed"
+                    )
+                    if self.left <= 0:
+                        return
+            if not self._can_shrink(unit, t):
+                continue
+            yield from self._gone_nearer(unit, t, f"{why}; it is compressed in {state.tiers[t]}")
+            if self.left <= 0:
+                return
             self.left -= 1
             yield self._compress(unit, t, f"{why}; ")
+
+    def _worth_in_the_end(self, units: Array, t: int) -> Array:
+        """[n] seconds that a last copy of each of ``units`` saves per second and byte, once it is
+        as small as it can be; of the others nothing."""
+        state = self.state
+        assert state.compressed is not None
+        lost = numpy.where(state.rebuildable[units], state.rebuild_s[units], numpy.inf)
+        lost = numpy.maximum(lost - state.access_s[units, t], 0.0)
+        size, smaller = state.num_bytes[units, t], state.compressed[units, t]
+        size = numpy.where(smaller >= 0, numpy.minimum(size, smaller), size)
+        found = numpy.zeros(len(state))
+        with numpy.errstate(invalid="ignore"):
+            saved = numpy.nan_to_num(self.ranking.worth[units] * lost, nan=0.0, posinf=numpy.inf)
+        found[units] = saved / numpy.maximum(size, 1)
+        return found
+
+    def _victims(self, may: Array, worth: Array, t: int) -> list[int]:
+        """Units that make room for the compression of others, the least worth last: those that are
+        built again only by who uses them."""
+        state = self.state
+        if state.buildable is None:
+            return []
+        units = numpy.flatnonzero(may & state.rebuildable & ~state.buildable)
+        order = numpy.argsort(worth[units], kind="stable")[: 4 * self.rules.limit]
+        found: list[int] = units[order[::-1]].tolist()
+        return found
+
+    def _is_changed(self, unit: int) -> bool:
+        tiers = range(len(self.state.tiers))
+        return unit in self.compressed or any((unit, t) in self.changed for t in tiers)
+
+    def _gone(self, unit: int, t: int, why: str) -> Iterator[Action]:
+        """A unit's copies go, that in ``t`` last."""
+        yield from self._gone_nearer(unit, t, why)
+        if self.left > 0:
+            self.left -= 1
+            size = self._put(unit, t, False)
+            yield Action(DROP, self.state.ids[unit], self.state.tiers[t], None, size, why)
+
+    def _gone_nearer(self, unit: int, t: int, why: str) -> Iterator[Action]:
+        for s in range(t):
+            if self._has(unit, s) and self.left > 0:
+                self.left -= 1
+                size = self._put(unit, s, False)
+                tier = self.state.tiers[s]
+                yield Action(DROP, self.state.ids[unit], tier, None, size, why)
 
     def _can_shrink(self, unit: int, t: int) -> bool:
         """Whether a copy can become smaller, with room for both for a moment."""
