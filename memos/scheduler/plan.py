@@ -10,7 +10,8 @@ used, the slowest tier first, and a last copy that cannot be built again is neve
 
 Where a last copy would go it is compressed again instead, if it can be, if there is room for both
 for a moment, and if at its smaller size it is worth its place. So are those that are worth least
-in a tier that is nearly full: what is written next then evicts nothing.
+in a tier that is nearly full: what is written next then evicts nothing. What is worth even less
+makes room for that, if nobody builds it again but who uses it.
 """
 
 from __future__ import annotations
@@ -154,6 +155,14 @@ def _least(table: Array, start: Array) -> Array:
     for column in table.T:
         start = numpy.minimum(start, column)
     return start
+
+
+def _least_of(values: Array, count: int) -> Array:
+    """Places of the ``count`` least values, the least first."""
+    places = numpy.arange(len(values))
+    if 0 < count < len(values):  # a million are not sorted for the sake of a thousand
+        places = numpy.flatnonzero(values <= numpy.partition(values, count - 1)[count - 1])
+    return places[numpy.argsort(values[places], kind="stable")][:count]
 
 
 def fill(order: Array, sizes: Array, room: int) -> tuple[Array, int | None]:
@@ -301,7 +310,7 @@ class _Moves:
         """In a tier that is nearly full what is kept for good there becomes smaller, the least
         worth first; copies of it in faster tiers go before."""
         state, ranking = self.state, self.ranking
-        if state.compressed is None:
+        if state.compressed is None or self.left <= 0:
             return
         sizes, smaller = state.num_bytes[:, t], state.compressed[:, t]
         may = state.copies[:, t] & ~ranking.fixed & ~_any(state.copies[:, t + 1 :])
@@ -316,8 +325,7 @@ class _Moves:
             return
         worth = self._worth_in_the_end(numpy.flatnonzero(may), t)
         going = self._victims(may, worth, t)
-        order = numpy.argsort(worth[units], kind="stable")[: 4 * self.rules.limit]
-        for unit in units[order].tolist():
+        for unit in units[_least_of(worth[units], 4 * self.rules.limit)].tolist():
             if self.left <= 0 or self.used[t] + coming <= limit:
                 return
             if self._is_changed(unit):
@@ -366,7 +374,7 @@ class _Moves:
         if state.buildable is None:
             return []
         units = numpy.flatnonzero(may & state.rebuildable & ~state.buildable)
-        order = numpy.argsort(worth[units], kind="stable")[: 4 * self.rules.limit]
+        order = _least_of(worth[units], 4 * self.rules.limit)
         found: list[int] = units[order[::-1]].tolist()
         return found
 
