@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,8 +15,10 @@ from memos.kv.sessions import LEARNT, LIST, Session
 from memos.memories import kv_rights
 
 if TYPE_CHECKING:
+    from memos.kernels.codec import Codec
     from memos.kv.cache import MemosCache
     from memos.kv.device_pools import BlockPool, PoolOnDemand
+    from memos.kv.identity import KVIdentity
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Archive
 
@@ -31,6 +34,7 @@ class KVInside:
     ttl_s: float | None
     observer: Any
     _clock: Callable[[], float]
+    _cold: Codec | None
     _config: Any
     _device: Any
     _has_looked: bool
@@ -68,10 +72,11 @@ class KVInside:
                     if LEARNT in session.metadata:
                         self._shape = self._shape.with_fields(session.metadata[LEARNT])
                         break
+            identity = self._identity()
             return Archive(
                 tenant=self._tenant,
                 shape=self._shape if self._model is None else shape_of_model(self._model),
-                identity=self._identity(),
+                identity=identity,
                 recent_tokens=self._recent_tokens,
                 max_tokens=self.max_cache_size,
                 ttl_s=self.ttl_s,
@@ -81,7 +86,13 @@ class KVInside:
                 if kv_rights.actor() is None
                 else partial(kv_rights.restorable, self.name, self._tenant),
                 pools=self._pools,
+                cold=self._cold_of(identity),
             )
+
+    def _cold_of(self, identity: KVIdentity) -> KVIdentity | None:
+        if self._cold is None:
+            return None
+        return dataclasses.replace(identity, codec=self._cold.name)
 
     def device_pool(self, identity: Any) -> BlockPool | None:
         """Where blocks of this identity stand on the model's device; None: nowhere."""
@@ -113,7 +124,8 @@ class KVInside:
         if not restored.tokens:
             return []
         self._tell("prefix")
-        key = archive.tenant.block_keys(restored.cache.token_ids, archive.identity)[-1]
+        identity = archive.of_cache(restored.cache)
+        key = archive.tenant.block_keys(restored.cache.token_ids, identity)[-1]
         return [self._made(f"prefix:{key.hex()[:16]}", restored, {}, archive)]
 
     def _cube(self, session: Session) -> MemCube:

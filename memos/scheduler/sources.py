@@ -7,6 +7,7 @@ engines together are never above it, whoever writes to them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,9 @@ class Source(Protocol):
 
     def archive(self, unit: str, why: str) -> None:
         """Archive a text."""
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        """As ``Executor.compress``."""
 
     def look_again(self) -> None:
         """Engines may have moved something by themselves: the next ``changed`` says so."""
@@ -113,7 +117,7 @@ class Shares:
     def used(self, tier: str) -> int:
         """Bytes that the engines of a tier hold."""
         with self._lock:
-            return sum(engine.used() for engine in self._engines[tier])
+            return sum(engine.used() for engine in self._engines.get(tier, ()))
 
     def divide(self, tier: str) -> None:
         """Each keeps what it uses, as far as the budget goes, and the rest is divided equally."""
@@ -248,3 +252,10 @@ class Router:
 
     def archive(self, unit: str) -> None:
         self.source(unit).archive(unit, "scheduler")
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        source = self.source(action.unit)
+        if action.target is not None:
+            with contextlib.suppress(QuotaError):  # what is used least goes, as for what is new
+                self.shares.make(source.name, action.target, action.num_bytes)
+        return source.compress(action, cancelled)

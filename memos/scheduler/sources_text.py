@@ -255,3 +255,6 @@ class TextSource:
         with self._lock:
             self._texts.pop(cube, None)
             self._dirty[unit] = None
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        raise ArgumentError(f"unit {action.unit!r}: a session wanted, texts are not compressed")

@@ -43,6 +43,8 @@ class Unit:
         archived:    of a text: it is already.
         buildable:   a worker can build it; else only whoever uses it does.
         mirror:      tier whose copy is read through one in a slower tier, and is nothing without.
+        compressed_bytes: by tier: what a copy there takes once the unit is compressed again; empty:
+            it cannot be.
     """
 
     id: str
@@ -61,6 +63,7 @@ class Unit:
     archived: bool = False
     buildable: bool = True
     mirror: str | None = None
+    compressed_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,6 +80,9 @@ class State:
         pinned, in_use, rebuildable, archived: [n] bool.
         buildable: [n] bool; None: all are.
         mirror:    [n, t] bool: copies there need another one; None: nowhere.
+        stray:     by tier: bytes there that belong to no unit, which go when room is wanted.
+        compressed: [n, t] int64, bytes of a copy that is compressed again; negative: it cannot be;
+            None: none can.
         access_s:  [n, t] float64.
     """
 
@@ -98,6 +104,8 @@ class State:
     half_life_s: float = HALF_LIFE_S
     buildable: Array | None = None
     mirror: Array | None = None
+    compressed: Array | None = None
+    stray: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -118,6 +126,7 @@ class State:
         known = set(tiers)
         for unit in rows:
             named = unit.num_bytes.keys() | unit.copies | unit.access_s.keys()
+            named |= unit.compressed_bytes.keys()
             if unit.kind not in KINDS or not named <= known:
                 raise ArgumentError(
                     f"unit {unit.id!r}: kind of {', '.join(KINDS)} and tiers of "
@@ -133,6 +142,9 @@ class State:
             values = [[read(unit, tier) for tier in tiers] for unit in rows]
             return numpy.array(values, dtype).reshape(len(rows), len(tiers))
 
+        smaller = None
+        if any(unit.compressed_bytes for unit in rows):
+            smaller = table(lambda unit, tier: unit.compressed_bytes.get(tier, -1), numpy.int64)
         nexts = [math.nan if unit.next_use is None else unit.next_use for unit in rows]
         return cls(
             tiers=tuple(tiers),
@@ -155,6 +167,7 @@ class State:
             if any(unit.mirror for unit in rows)
             else None,
             half_life_s=half_life_s,
+            compressed=smaller,
         )
 
     def used(self) -> dict[str, int]:
