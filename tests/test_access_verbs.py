@@ -225,8 +225,9 @@ CLOSED = {
     GraphMemory: "pending synchronise",
     VectorMemory: "",
     ParametricMemory: "attach check detach files fits pool sweep",
-    KVCacheMemory: "activate activated calibrate clear clear_pieces close compose curve deactivate "
-    "identity is_activated list_of shows_any tenant text text_of tokenizer tokens_of",
+    KVCacheMemory: "activate activated calibrate clear clear_pieces close cold_identity compose "
+    "curve deactivate device_pool identity is_activated list_of pools shows_any tenant text "
+    "text_of tokenizer tokens_of",
 }
 
 

@@ -272,25 +272,26 @@ def test_a_memory_restores_through_its_pool(blocks: int) -> None:
     plain.add(content, id="a")
     want = plain.retrieve("session:a")[0].content.dense()
     block = plain._identity().block_bytes()
-    kv = KVCacheMemory("chat", device_bytes=(blocks + 3) * block, **options)
+    kv = KVCacheMemory("chat", device_bytes=blocks * block, **options)
     kv.add(content, id="a")
     for _ in range(3):
         got = kv.retrieve("session:a")[0].content.dense()
         for ours, theirs in zip(got.layers, want.layers, strict=True):
             assert torch.equal(ours.keys, theirs.keys)
             assert torch.equal(ours.values, theirs.values)
-    assert kv._pools is not None
-    found = kv._pools.stats()
+    found = kv.pools.stats()
     assert found["blocks"] == min(blocks, 5)
     assert found["hits"] >= 3 * found["blocks"]
     assert found["bytes"] <= found["budget_bytes"]
     kv.delete("a")
     kv.add(content | {"token_ids": cache.sequences}, id="b")
-    pool = kv._pools(kv._identity(), "cpu")
+    pool = kv.pools.pool
     assert pool is not None
+    stood = list(pool._blocks.values())
+    assert any(block.any() for block in stood)
     kv.delete("b")
     assert kv.retrieve(ids) == []
     assert len(pool) == 0
-    assert not pool._rows().any()
+    assert not any(block.any() for block in stood)
     with pytest.raises(ArgumentError, match="device_bytes"):
         KVCacheMemory("chat", device_bytes=-1, **options)

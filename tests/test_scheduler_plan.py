@@ -15,6 +15,7 @@ from memos.errors import ArgumentError, NotFoundError
 from memos.scheduler.plan import (
     ACTIVATE,
     ARCHIVE,
+    COMPRESS,
     CONSOLIDATE,
     DEMOTE,
     DROP,
@@ -39,6 +40,7 @@ def units(draw: Any, id: str) -> Unit:
     copies = draw(st.sets(st.sampled_from(sorted(places)), min_size=0 if rebuildable else 1))
     size = st.integers(0, 100)
     cost = st.floats(0, 20)
+    smaller = draw(st.sets(st.sampled_from(sorted(places))))  # the codec is asked for each tier
     return Unit(
         id=id,
         kind=draw(st.sampled_from(KINDS)),
@@ -54,6 +56,8 @@ def units(draw: Any, id: str) -> Unit:
         access_s={tier: draw(cost) for tier in sorted(places)},
         next_use=draw(st.none() | st.floats(NOW - 100, NOW + 5000)),
         archived=draw(st.booleans()),
+        buildable=draw(st.booleans()),
+        compressed_bytes={tier: draw(size) for tier in sorted(smaller)},
     )
 
 
@@ -64,7 +68,10 @@ def states(draw: Any) -> list[Unit]:
 
 budgets_of = st.fixed_dictionaries({tier: st.integers(0, 500) for tier in TIERS})
 rules_of = st.builds(
-    Rules, limit=st.integers(0, 20), archive_rate=st.sampled_from([0.0, 1e-4, 1.0])
+    Rules,
+    limit=st.integers(0, 20),
+    archive_rate=st.sampled_from([0.0, 1e-4, 1.0]),
+    compress_above=st.sampled_from([0.0, 0.8, 1.0]),
 )
 
 
@@ -73,6 +80,16 @@ def used(all_units: Mapping[str, Unit]) -> dict[str, int]:
         tier: sum(u.num_bytes[tier] for u in all_units.values() if tier in u.copies)
         for tier in TIERS
     }
+
+
+def compressed(unit: Unit) -> Unit:
+    sizes = {**unit.num_bytes, **unit.compressed_bytes}
+    return dataclasses.replace(unit, num_bytes=sizes, compressed_bytes={})
+
+
+def during(action: Action) -> dict[str, int]:
+    """Bytes beside all others while the action runs: both copies of what becomes smaller."""
+    return {str(action.target): action.num_bytes} if action.kind == COMPRESS else {}
 
 
 def check_and_apply(all_units: dict[str, Unit], action: Action) -> None:
@@ -89,6 +106,12 @@ def check_and_apply(all_units: dict[str, Unit], action: Action) -> None:
     assert not unit.pinned
     assert not unit.in_use
     copies = set(unit.copies)
+    if action.kind == COMPRESS:
+        assert copies == {action.source} == {action.target}
+        assert action.num_bytes == unit.compressed_bytes[str(action.source)]
+        assert action.num_bytes < unit.num_bytes[str(action.source)]
+        all_units[unit.id] = compressed(unit)
+        return
     if action.target is not None:
         assert action.target not in copies
         assert action.num_bytes == unit.num_bytes[action.target]
@@ -124,6 +147,8 @@ def test_every_prefix_of_a_plan_is_valid(
     now = {unit.id: unit for unit in rows}
     for action in actions:
         before = used(now)
+        for tier, num_bytes in during(action).items():
+            assert before[tier] + num_bytes <= budgets[tier]
         check_and_apply(now, action)
         for tier, num_bytes in used(now).items():
             assert num_bytes <= max(budgets[tier], before[tier])
@@ -161,7 +186,10 @@ def test_after_a_crash_anywhere_the_rest_is_planned_anew(
     for action in actions[:stop]:
         check_and_apply(now, action)
     last = actions[stop]
-    if last.target is not None:
+    if last.kind == COMPRESS:
+        if crash % 2:  # it is the one copy, or the other
+            check_and_apply(now, last)
+    elif last.target is not None:
         unit = now[last.unit]
         now[last.unit] = dataclasses.replace(unit, copies=unit.copies | {last.target})
     for tier, num_bytes in used(now).items():
@@ -280,6 +308,7 @@ class Memory:
         self.copies = {(unit.id, tier) for unit in rows for tier in unit.copies}
         self.half_made: set[tuple[str, str]] = set()
         self.archived: list[str] = []
+        self.compressed: list[str] = []
         self.fails: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
@@ -303,6 +332,17 @@ class Memory:
 
     def archive(self, unit: str) -> None:
         self.archived.append(unit)
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        assert (action.unit, str(action.source)) in self.copies
+        self.entered.set()
+        while not self.gate.wait(0.005):
+            if cancelled():
+                return False
+        if action.unit in self.fails:
+            raise OSError("the disk is gone")
+        self.compressed.append(action.unit)
+        return True
 
 
 def attached(rows: list[Unit], budgets: dict[str, int]) -> tuple[Scheduler, Memory, Worker]:
@@ -330,6 +370,11 @@ def test_what_a_worker_does_is_what_was_planned(rows: list[Unit], data: Any) -> 
     for unit in rows:
         assert unit.rebuildable or any(id == unit.id for id, _ in memory.copies)
     assert sum(worker.counts.values()) == len(actions)
+    before = {unit.id: unit for unit in rows}
+    for id in memory.compressed:
+        assert scheduler.unit(id).num_bytes == compressed(before[id]).num_bytes
+        assert not scheduler.unit(id).compressed_bytes, "once"
+    assert len(set(memory.compressed)) == len(memory.compressed)
     scheduler.close()
 
 

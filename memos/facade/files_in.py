@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from sqlalchemy import select
@@ -115,7 +115,8 @@ class Import:
         infos = parse_infos(value[: len(value) - len(caches)])
         names = [info.name for info in infos]
         for one in caches:
-            only(one, _CACHE_KEYS, "manifest.json: memory")
+            keys = ("cold", *_CACHE_KEYS) if "cold" in one else _CACHE_KEYS
+            only(one, keys, "manifest.json: memory")
             sizes = one["parts"], one["sessions"]
             if not isinstance(one["name"], str) or not one["name"] or one["name"] in names:
                 raise StoreError("manifest.json: memories: each by a name of its own wanted")
@@ -324,9 +325,11 @@ class Import:
     # Sessions.
 
     def _cache(self, number: int, info: Mapping[str, Any], report: Imported) -> None:
-        from memos.kv.transfer import parse_identity, read_sessions, store_session
+        from memos.kv.transfer import parse_cold, parse_identity, read_sessions, store_session
 
         name, identity = info["name"], parse_identity(info["identity"])
+        cold = parse_cold(info["cold"], identity) if "cold" in info else None
+        in_file = {one.digest: one for one in (identity, cold) if one is not None}
         memory = self.memories.get(name)
         if acting.get() is not None:
             raise AccessError(f"memory {name!r}: the owner of the store imports sessions")
@@ -334,15 +337,23 @@ class Import:
             raise ArgumentError(
                 f"memory {name!r}: it is of kind {memory.kind}, that of the file of kv_cache"
             )
-        why = "no KVCacheMemory of this name is registered"
+        why = dict.fromkeys(in_file, "no KVCacheMemory of this name is registered")
         if memory is not None:
-            why = _difference(identity, memory.identity)
+            here = [memory.identity, memory.cold_identity]
+            taken = {one.digest for one in here if one is not None}
+            why = {
+                digest: "" if digest in taken else _difference(one, memory.identity)
+                for digest, one in in_file.items()
+            }
         one = report.memories[name] = MemoryReport(kind="kv_cache")
         count = 0
-        for stored, payloads in read_sessions(self.reader, number, info["parts"], identity):
+        for stored, payloads in read_sessions(self.reader, number, info["parts"], identity, cold):
             count += 1
             session = stored.session
-            refused = why or ("" if session.identity == identity.digest else "of an older model")
+            made_for = in_file.get(session.identity, identity)
+            refused = why[made_for.digest]
+            if not refused and session.identity not in in_file:
+                refused = "of an older model"
             if refused:
                 report.rebuild.append(
                     Rebuild(
@@ -350,7 +361,7 @@ class Import:
                         id=session.id,
                         kind="kv_cache",
                         why=refused,
-                        made_for=dict(info["identity"]),
+                        made_for=asdict(made_for),
                         text=stored.text,
                         token_ids=tuple(session.token_ids),
                     )
@@ -366,7 +377,7 @@ class Import:
                     )
                 one.skipped += 1
                 continue
-            store_session(memory.tenant, identity, stored, payloads)
+            store_session(memory.tenant, made_for, stored, payloads)
             self.undo.append(_deletion(memory.tenant, session.id))
             one.cubes += 1
         if count != info["sessions"]:

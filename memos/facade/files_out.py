@@ -189,11 +189,14 @@ class _Export:
     ) -> dict[str, Any]:
         from memos.kv.transfer import export_sessions
 
-        identity = memory.identity
+        identity, cold = memory.identity, memory.cold_identity
+        if cold is not None and all(one.identity != cold.digest for one in sessions):
+            cold = None  # a file without compressed sessions says nothing of them
         count, parts = export_sessions(
-            self.writer, number, memory.tenant, identity, sessions, memory.text_of, self._tell
+            self.writer, number, memory.tenant, identity, sessions, memory.text_of, self._tell, cold
         )
         return {
+            **({} if cold is None else {"cold": dataclasses.asdict(cold)}),
             "description": memory.description,
             "identity": dataclasses.asdict(identity),
             "kind": memory.kind,

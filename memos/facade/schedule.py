@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ from memos.cube import MemCube
 from memos.errors import ArgumentError, NotFoundError
 
 if TYPE_CHECKING:
+    from memos.records.cold_rows import ColdRow
     from memos.records.hebbian import Hebbian
     from memos.scheduler import Rules, Scheduler
     from memos.scheduler.sources import Source
     from memos.scheduler.sources_text import Activator, Consolidator
 
+_LOOKED_AT = 1000  # cubes of a store that one step looks at, for each memory
 _PAIRED = 8  # cubes of a context that are paired, the best ones
 
 
@@ -179,10 +182,48 @@ class Scheduling:
                 archives=lambda id, why: self.archive(id, name, why=why),
                 activator=activator if memory.in_prompts else None,
                 consolidator=consolidator if memory.in_prompts else None,
+                walk=self._cold_of(memory),
+                find=self._finder_of(memory),
             )
         if source is not None:
             self._sources[memory.name] = source
             self._scheduler.add_source(source)
+
+    def _cold_of(self: Any, memory: Any) -> Callable[[int], tuple[list[ColdRow], int]] | None:
+        """Looks at the next texts of a memory: which of them does the rule of archiving mean?
+
+        None where there is no such rule, and for graphs, whose nodes hang together.
+        """
+        scheduler = self._scheduler
+        limit = scheduler.rules.archive_rate
+        if limit <= 0 or memory.kind == "graph" or self.records.readonly:
+            return None
+
+        def is_cold(row: ColdRow) -> bool:
+            half_life_s = scheduler.half_life_s
+            age = max(self._clock() - row.last, 0.0)
+            rate = row.heat * 0.5 ** (age / half_life_s) * math.log(2) / half_life_s
+            return bool(rate * (1.0 + min(max(row.importance, 0.0), 1.0)) < limit)
+
+        def walk(after: int) -> tuple[list[ColdRow], int]:
+            from memos.records import cold_rows
+
+            number, life = memory.table.memory, memory.table.life
+            with memory.records.database.read() as connection:
+                stays = life.pinned(connection)
+                found, place = cold_rows.walk(connection, number, after, _LOOKED_AT, stays)
+            return [row for row in found if is_cold(row)], place
+
+        return walk
+
+    def _finder_of(self: Any, memory: Any) -> Callable[[str], ColdRow | None]:
+        def find(id: str) -> ColdRow | None:
+            from memos.records import cold_rows
+
+            with memory.records.database.read() as connection:
+                return cold_rows.find(connection, memory.table.memory, id)
+
+        return find
 
     def _report_uses(self: Any, cubes: Iterable[MemCube]) -> None:
         """Texts were used: what is hot follows from that."""

@@ -115,7 +115,7 @@ _KV = {
     "begin": Verb(detail=("session",)),
     "retrieve": Verb(query="query"),
     **dict.fromkeys(("add", "get", "has", "history", "update", "delete"), OPEN),
-    **dict.fromkeys(("pin", "stats", "sessions"), OPEN),
+    **dict.fromkeys(("pin", "compress", "stats", "sessions"), OPEN),
 }
 
 # Of memories, by kind.

@@ -21,7 +21,10 @@ _FRAME_IS_GOOD = {"identity", "tenant", "tokens", "io"}
 
 
 class Question:
-    """What a caller asks for: keys under one identity, and perhaps the tokens behind them."""
+    """What a caller asks for: keys under one identity, and perhaps the tokens behind them.
+
+    In the background nothing counts as used, and nothing comes into memory.
+    """
 
     def __init__(
         self,
@@ -30,12 +33,14 @@ class Question:
         token_ids: Sequence[int] | None,
         tenant: TenantKeys,
         now_ms: int,
+        background: bool = False,
     ) -> None:
         self.keys = keys
         self.identity = identity
         self.token_ids = token_ids
         self.tenant = tenant
         self.now_ms = now_ms
+        self.background = background
         self._digests: dict[tuple[int, int], bytes | None] = {}
 
     def refuse(self, i: int, block: Block) -> str | None:
@@ -98,6 +103,8 @@ def read_blocks(state: State, question: Question) -> list[memoryview]:
             payloads.append(answer.payload)
             state.counts["host_hits" if answer is job.held else "disk_hits"] += 1
             state.counts["get_bytes"] += len(answer.payload)
+            if question.background:
+                continue
             if answer is not job.held and state.find(key) is not None:  # not deleted meanwhile
                 state.host.put(answer)
             state.touch(key)

@@ -94,6 +94,12 @@ class State:
         if self.disk is not None:
             self.disk.policy.touch(key)
 
+    def succeed(self, key: bytes, old: bytes) -> None:
+        """A block stands for another one: it was used when that was."""
+        self.host.policy.succeed(key, old)
+        if self.disk is not None:
+            self.disk.policy.succeed(key, old)
+
     def drop(self, key: bytes, record: Record | None) -> None:
         """A frame failed its checks: out of the index, and out of memory."""
         self.host.remove(key)

@@ -103,10 +103,13 @@ def write_blocks(
     items: Sequence[Item],
     identity: KVIdentity,
     keys: TenantKeys,
+    keep: Collection[bytes] = (),
+    background: bool = False,
 ) -> int:
     """Store those that are new, in order, as many as fit; returns how many.
 
     The caller holds the write lock. ``folder`` is where the segments go, None: memory only.
+    What ``keep`` names is not evicted; what is written in the background is on disk only.
 
     Raises:
         QuotaError: not one of the new blocks fits beside what must stay.
@@ -122,14 +125,14 @@ def write_blocks(
                 new.setdefault(item.block.key, item)
         if not new:
             return 0
-        batch, locked = _make_room(state, items, list(new.values()), keys.encrypted)
+        batch, locked = _make_room(state, items, list(new.values()), keys.encrypted, keep)
         state.counts["put_refused"] += len(new) - len(batch)
         if state.disk is None or folder is None:
             for item in batch:
                 payload = memoryview(bytes(item.payload))
                 state.host.put(HostBlock(item.block, payload, Arena(payload)), locked)
     if state.disk is not None and folder is not None:
-        _write_segments(state, folder, batch, identity, keys)
+        _write_segments(state, folder, batch, identity, keys, background)
     with state.lock:
         for item in batch:
             state.note_expiry(item.block)
@@ -150,6 +153,7 @@ def _make_room(
     items: Sequence[Item],
     new: list[Item],
     encrypted: bool,
+    keep: Collection[bytes],
 ) -> tuple[list[Item], Collection[bytes]]:
     """The leading new items that fit, after evicting; on disk their bytes are reserved."""
     tier = state.host if state.disk is None else state.disk
@@ -165,7 +169,7 @@ def _make_room(
     count, total = len(new), sum(sizes)
     if tier.used_bytes + total > tier.quota_bytes:
         keys = {key for item in items for key in (item.block.key, item.block.parent)}
-        locked = state.with_ancestors(keys | state.pinned())
+        locked = state.with_ancestors(keys | state.pinned() | set(keep))
         capacity = tier.quota_bytes - tier.locked_bytes(locked)
         while count and total > capacity:
             count -= 1
@@ -181,7 +185,12 @@ def _make_room(
 
 
 def _write_segments(
-    state: State, folder: Path, batch: list[Item], identity: KVIdentity, keys: TenantKeys
+    state: State,
+    folder: Path,
+    batch: list[Item],
+    identity: KVIdentity,
+    keys: TenantKeys,
+    background: bool,
 ) -> None:
     """Write the batch as one segment or several; a failure takes back only what is unpublished."""
     assert state.disk is not None
@@ -199,7 +208,8 @@ def _write_segments(
                     payload = bytes(item.payload)
                     pieces = seal(item.block, payload, identity, keys)
                     offset = writer.append(pieces)
-                    kept = memoryview(payload) if len(payload) <= state.host.quota_bytes else None
+                    stays = not background and len(payload) <= state.host.quota_bytes
+                    kept = memoryview(payload) if stays else None
                     stored = len(pieces[1])
                     done.append((item, kept, offset, writer.size - offset, stored))
                     item = next(waiting, None)

@@ -16,8 +16,7 @@ import torch
 from memos import kernels
 from memos.errors import ArgumentError
 from memos.kernels.codec import Codec
-from memos.kv._lanes import Lanes, stacked
-from memos.kv.identity import KVIdentity
+from memos.kv._lanes import Lanes
 from memos.kv.policy import Policy, make_policy
 
 Caches = Sequence[torch.Tensor]
@@ -35,49 +34,12 @@ def home_of(device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
-def _with_index(device: torch.device | str) -> torch.device:
+def with_index(device: torch.device | str) -> torch.device:
     """As tensors name it: "cuda" alone is the current one."""
     device = torch.device(device)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-class PoolOnDemand:
-    """A pool of ``budget_bytes``, made when the device and the shape of blocks are known.
-
-    Another device or shape makes another pool in its place: a memory has one model.
-    """
-
-    def __init__(self, budget_bytes: int, policy: str) -> None:
-        if budget_bytes < 0:
-            raise ArgumentError(f"device_bytes: at least 0 wanted, got {budget_bytes}")
-        make_policy(policy)
-        self._budget, self._policy = budget_bytes, policy
-        self._lock = threading.Lock()
-        self._pool: DevicePool | None = None
-
-    def __call__(self, identity: KVIdentity, device: torch.device | str) -> DevicePool | None:
-        """The pool for these blocks; None where there is none to have."""
-        device = _with_index(device)
-        if not self._budget or home_of(device).type != device.type:
-            return None
-        shape = BlockShape(
-            identity.num_layers, identity.block_tokens, identity.num_kv_heads,
-            identity.head_dim_k, identity.head_dim_v, getattr(torch, identity.dtype),
-        )  # fmt: skip
-        with self._lock:
-            pool = self._pool
-            wanted = (shape, identity.codec, device)
-            if pool is None or (pool.shape, pool.codec.name, pool.device) != wanted:
-                pool = self._pool = DevicePool(
-                    shape, identity.codec, self._budget, device, policy=self._policy
-                )
-            return pool
-
-    def stats(self) -> dict[str, int]:
-        """Of the pool; empty where there is none."""
-        return {} if self._pool is None else self._pool.stats()
 
 
 @dataclass(frozen=True)
@@ -137,7 +99,7 @@ class DevicePool:
         if resident not in ("raw", "packed"):
             raise ArgumentError(f"resident: 'raw' or 'packed' wanted, got {resident!r}")
         self.shape, self.codec = shape, Codec.parse(codec)
-        self.device, self.budget_bytes = _with_index(device), budget_bytes
+        self.device, self.budget_bytes = with_index(device), budget_bytes
         self._form = Codec.parse("raw") if resident == "raw" else self.codec
         self._moved_bytes = shape.layers * shape.layer_bytes(self.codec)
         self._slot_bytes = shape.layers * shape.layer_bytes(self._form)
@@ -393,12 +355,6 @@ class DevicePool:
             self._lanes.wrote()
             return len(here)
 
-    def drop_unless(self, known: Callable[[bytes], bool]) -> int:
-        """Forget the blocks that the store does not know any more, except those in use."""
-        with self._lock:
-            gone = [key for key in self._slots if key not in self._users and not known(key)]
-            return self.drop(gone)
-
     # Use
 
     @contextmanager
@@ -435,23 +391,6 @@ class DevicePool:
                 shape = (0, self.shape.layers, E)
                 return torch.empty(shape, dtype=torch.uint8, device=self.device)
             return self._packed(slots)
-
-    def through(self, keys: Sequence[bytes], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Blocks [L, E] on the device, from here where they are here, else from the host and kept.
-
-        Args:
-            keys: of one chain, from its first block on.
-            rows: the same blocks on the host, in ``codec``.
-        """
-        with self._lock:
-            have = self.contains(keys)
-            if have < len(keys):
-                parents = [b"", *keys][have : len(keys)]
-                self._load(keys[have:], parents, torch.stack(list(rows[have:])), set(keys))
-            found = list(self.read(keys))
-        if left := rows[len(found) :]:
-            found += list(stacked(left, self.device))
-        return found
 
     def read_into(
         self, keys: Sequence[bytes], keys_of: Caches, values_of: Caches, block_ids: Sequence[int]

@@ -14,10 +14,12 @@ import numpy
 import torch
 
 from memos.errors import ArgumentError
-from memos.kernels.kv import PackedRows
+from memos.kernels.codec import Codec
+from memos.kernels.kv import PackedRows, pack_kv, unpack_kv
 from memos.kv._lanes import stacked
 from memos.kv.cache import MemosCache
-from memos.kv.device import DevicePool, home_of
+from memos.kv.device import home_of
+from memos.kv.device_pools import BlockPool
 from memos.kv.identity import KVIdentity
 from memos.kv.layer import MemosLayer, Pair, encode_blocks
 
@@ -30,7 +32,7 @@ def load_cache(
     tail: memoryview | None,
     identity: KVIdentity,
     device: torch.device | str,
-    pool: DevicePool | None = None,
+    pool: BlockPool | None = None,
     keys: Sequence[bytes] = (),
 ) -> None:
     """Fill an empty cache with stored blocks and a stored tail.
@@ -47,7 +49,7 @@ def load_cache(
     """
     layers = cache.stored_layers
     L, block_bytes = len(layers), identity.block_bytes()
-    packed = [_shared(p, block_bytes).view(L, -1) for p in payloads]
+    packed = packed_rows(payloads, identity)
     home = home_of(torch.device(device))
     if packed and pool is not None:
         packed = pool.through(keys, packed)
@@ -60,6 +62,12 @@ def load_cache(
     tails = _exact(tail or b"", identity, device)
     for i, layer in enumerate(layers):
         layer.load(blocks[i], sinks[i], tails[i])
+
+
+def packed_rows(payloads: Sequence[memoryview], identity: KVIdentity) -> list[torch.Tensor]:
+    """The packed bytes of full blocks, uint8 [L, E] each, over the payloads' memory."""
+    size, L = identity.block_bytes(), identity.num_layers
+    return [_shared(payload, size).view(L, -1) for payload in payloads]
 
 
 def block_payloads(cache: MemosCache, first: int, last: int) -> list[memoryview]:
@@ -109,6 +117,38 @@ def tail_payload(cache: MemosCache, start: int, count: int) -> memoryview:
         first = start - layer.num_packed * layer.block_tokens
         pairs.append(tuple(x[:, :, first : first + count] for x in layer.tail))
     return _view(_flat(pairs))
+
+
+def recoded(
+    payloads: Sequence[memoryview], first: int, identity: KVIdentity, other: KVIdentity
+) -> list[memoryview]:
+    """Payloads of blocks first, first + 1, ... decoded, and encoded by the codec of ``other``.
+
+    Exact sinks stay as they are, bit by bit, and are what is encoded in their place.
+
+    Cost: reads and writes every block once; holds them decoded.
+    """
+    L, P, H, n = identity.num_layers, identity.block_tokens, identity.num_kv_heads, len(payloads)
+    dtype, block_bytes = _DTYPES[identity.dtype], identity.block_bytes()
+    widths = (identity.head_dim_k, identity.head_dim_v)
+    keys, values = ([torch.empty(n, P, H, D, dtype=dtype) for _ in range(L)] for D in widths)
+    rows = PackedRows(_shared(p, block_bytes).view(L, -1) for p in payloads)
+    ids = torch.arange(n)
+    unpack_kv(keys, values, ids, rows, Codec.parse(identity.codec))
+    sinks: list[torch.Tensor] = []
+    if first == 0 and other.sink_bytes():
+        S = other.sink_tokens
+        if identity.sink_bytes():
+            exact = _exact(payloads[0][block_bytes:], identity, "cpu")
+            for layer, pair in enumerate(exact):
+                keys[layer][0, :S], values[layer][0, :S] = (x[0].transpose(0, 1) for x in pair)
+        pairs = [(k[0, :S], v[0, :S]) for k, v in zip(keys, values, strict=True)]
+        sinks = [_flat([[x.transpose(0, 1) for x in pair] for pair in pairs])]
+    packed = pack_kv(keys, values, ids, Codec.parse(other.codec))
+    return [
+        _view(torch.cat([row.flatten(), *sinks]) if sinks and not i else row)
+        for i, row in enumerate(packed)
+    ]
 
 
 def check_cache(cache: MemosCache, identity: KVIdentity) -> None:

@@ -25,6 +25,9 @@ class Policy(Protocol):
     def remove(self, key: bytes) -> None:
         """A block is gone. Unknown keys are ignored."""
 
+    def succeed(self, key: bytes, old: bytes) -> None:
+        """A block stands for another one from now on: it is as recently used as that was."""
+
     def victims(self) -> Iterator[bytes]:
         """Keys in the order in which they should go, each after all blocks that follow it.
 
@@ -80,6 +83,12 @@ class LRU:
             del self._children[parent]
             if parent in self._last:
                 self._push(parent)
+
+    def succeed(self, key: bytes, old: bytes) -> None:
+        if key in self._last and old in self._last:
+            self._last[key] = self._last[old]
+            if key not in self._children:
+                self._push(key)
 
     def victims(self) -> Iterator[bytes]:
         kept = []

@@ -14,7 +14,7 @@ import shutil
 import sqlite3
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,21 +96,37 @@ class SessionTable:
         self._inode = 0
         self.damaged = 0  # rows that did not unseal
 
-    def save(self, session: Session) -> None:
-        """Insert or replace the row and its uses, in one transaction, durable on return."""
+    def save(self, session: Session, also: Iterable[bytes] = ()) -> None:
+        """Insert or replace the row and its uses, in one transaction, durable on return. Of the
+        uses that it had those of ``also`` stay."""
         row = self._keys.row_id(session.id)
         meta = self._keys.seal(_encode_meta(session), b"meta" + row)
         body = self._keys.seal(_encode_body(session), _body_context(row, session.updated_at))
         values = (row, meta, body, session.updated_at, session.expires_at, session.pinned)
-        have = set(session.keys)
+        have, kept = set(session.keys), set(also)
         self._check_space(len(meta) + len(body))
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?)", values)
             had = {key for (key,) in db.execute("SELECT key FROM uses WHERE session = ?", (row,))}
             db.executemany(
-                "DELETE FROM uses WHERE key = ? AND session = ?", [(k, row) for k in had - have]
+                "DELETE FROM uses WHERE key = ? AND session = ?",
+                [(k, row) for k in had - have - kept],
             )
             db.executemany("INSERT INTO uses VALUES (?, ?)", [(k, row) for k in have - had])
+
+    def claim(self, name: str, keys: Iterable[bytes]) -> None:
+        """A session uses these blocks too, until it is saved."""
+        row = self._keys.row_id(name)
+        with self._transaction() as db:
+            db.executemany("INSERT OR IGNORE INTO uses VALUES (?, ?)", [(k, row) for k in keys])
+
+    def release(self, name: str, keys: Iterable[bytes]) -> None:
+        """A session does not use these blocks any more."""
+        row = self._keys.row_id(name)
+        with self._transaction() as db:
+            db.executemany(
+                "DELETE FROM uses WHERE key = ? AND session = ?", [(k, row) for k in keys]
+            )
 
     def load(self, name: str) -> Session | None:
         """The session of this id, None when there is none or its row is damaged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Entry:
 
     ``token_ids`` are the block's own tokens: P of them, or for a tail 1 to P - 1. ``index`` counts
     full blocks before it; ``parent`` is the key of the last of those, 32 zero bytes for none.
+    ``expires_ms``: milliseconds since 1970, 0: never; None: as ``put`` says.
     """
 
     key: bytes
@@ -39,6 +40,7 @@ class Entry:
     index: int
     payload: Buffer
     tail: bool = False
+    expires_ms: int | None = None
 
 
 class Tenant:
@@ -116,12 +118,23 @@ class Tenant:
     # Blocks
 
     def put(
-        self, entries: Iterable[Entry], identity: KVIdentity, *, ttl_s: float | None = None
+        self,
+        entries: Iterable[Entry],
+        identity: KVIdentity,
+        *,
+        ttl_s: float | None = None,
+        keep: Collection[bytes] = (),
+        background: bool = False,
     ) -> int:
         """Store blocks; on return they survive a crash.
 
         A block that is stored already, for at least as long, is touched and not rewritten. When
         not all new ones fit, the leading ones that do are stored; put parents before children.
+
+        Args:
+            ttl_s:      how long they live, but for entries that say when their time is over.
+            keep:       keys of blocks that are not evicted for these.
+            background: with a disk they do not come into memory.
 
         Returns:
             How many were newly stored.
@@ -137,20 +150,29 @@ class Tenant:
         now = state.now_ms()
         expires = 0 if ttl_s is None else now + max(1, int(ttl_s * 1000))
         items = [
-            check_entry(f"entries[{i}]", entry, identity, self._keys, now, expires)
+            check_entry(
+                f"entries[{i}]",
+                entry,
+                identity,
+                self._keys,
+                now,
+                expires if entry.expires_ms is None else entry.expires_ms,
+            )
             for i, entry in enumerate(entries)
         ]
         with self._writing("store blocks"):
             self._sweep_sessions_when_due()
             state.sweep(now)
             folder = None if self._folder is None else self._folder / "segments"
-            return write_blocks(state, folder, items, identity, self._keys)
+            return write_blocks(state, folder, items, identity, self._keys, keep, background)
 
     def get(
         self,
         keys: Sequence[bytes],
         identity: KVIdentity,
         token_ids: Sequence[int] | None = None,
+        *,
+        background: bool = False,
     ) -> list[memoryview]:
         """Payloads of the longest prefix of ``keys`` whose blocks pass every check.
 
@@ -162,11 +184,12 @@ class Tenant:
             identity:  what the caller's model is; a block of another one is a miss.
             token_ids: the tokens behind ``keys``, from the first key's first token on; may be
                 longer. Given, the tokens each block was stored for are compared with them.
+            background: it is no use of them, and they do not come into memory.
         """
         state = self._state
         state.check_open()
         self.refresh()
-        question = Question(keys, identity, token_ids, self._keys, state.now_ms())
+        question = Question(keys, identity, token_ids, self._keys, state.now_ms(), background)
         return read_blocks(state, question)
 
     def contains(self, keys: Sequence[bytes]) -> int:
@@ -182,6 +205,18 @@ class Tenant:
                     break
                 count += 1
         return count
+
+    def expiries(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Of those of these blocks that are known: when their time is over, in milliseconds since
+        1970; 0: never."""
+        state = self._state
+        with state.lock:
+            found = ((key, state.find(key)) for key in keys)
+            return {
+                key: block.expires_ms
+                for key, block in found
+                if block is not None and block.tenant == self.id
+            }
 
     def placed(self, keys: Sequence[bytes]) -> dict[str, tuple[int, int]]:
         """(how many of these blocks, their bytes) in memory, "host", and on "disk"."""
@@ -258,11 +293,14 @@ class Tenant:
 
     # Sessions
 
-    def save_session(self, session: Session, *, keep_times: bool = False) -> Session:
+    def save_session(
+        self, session: Session, *, keep_times: bool = False, also: Iterable[bytes] = ()
+    ) -> Session:
         """Insert or replace a session, durable on return.
 
         ``updated_at`` becomes now, and ``created_at`` where it is 0; returned is what was stored.
-        With ``keep_times`` both stay as they are: it comes from another store.
+        With ``keep_times`` both stay as they are: it comes from another store. Of what it claimed
+        or used before, ``also`` stays claimed.
         """
         with self._writing("save a session"):
             self._sweep_sessions_when_due()
@@ -271,9 +309,66 @@ class Tenant:
             stored = dataclasses.replace(session, created_at=created, updated_at=now)
             if keep_times:
                 stored = session
-            self._sessions.save(stored)
+            self._sessions.save(stored, also)
             self._pinned = self._next_expiry = None
             return stored
+
+    def claim(self, session_id: str, keys: Sequence[bytes]) -> None:
+        """A session uses blocks that its row does not name, until ``save_session``: while it is
+        pinned they stay, and with it they go. Raises NotFoundError."""
+        with self._writing("claim blocks"):
+            if self._sessions.keys_of(session_id) is None:
+                raise NotFoundError(f"session {session_id!r}: not there")
+            self._sessions.claim(session_id, keys)
+            self._pinned = None
+
+    def claimed(self, session: Session) -> set[bytes]:
+        """Keys that a session uses and its row does not name."""
+        return set(self._sessions.keys_of(session.id) or ()).difference(session.keys)
+
+    def give_up(self, session_id: str, keys: Iterable[bytes]) -> set[bytes]:
+        """A session uses these blocks no more, but for those that its row names. Those that no
+        other session uses go, and what follows them; returns their keys."""
+        with self._writing("delete blocks"):
+            session = self._sessions.load(session_id)
+            keys = set(keys).difference(() if session is None else session.keys)
+            doomed = keys - self._sessions.used_elsewhere(session_id, sorted(keys))
+            # Blocks first: were the claims gone first, a crash would leave what no one deletes.
+            if doomed:
+                self._destroy(doomed | self._followers(doomed))
+            self._sessions.release(session_id, keys)
+            self._pinned = None
+            return doomed
+
+    def exchange(self, session: Session, identity: bytes, keys: list[bytes]) -> set[bytes]:
+        """A session stands in other blocks from now on, all of which are stored; those it had go.
+
+        A crash leaves it in the one or in the other. Its times, metadata and pin stay.
+
+        Args:
+            session:  as it was when its blocks were read.
+            identity: digest; keys: of the new blocks, each in place of an old one.
+
+        Returns:
+            Keys of the old blocks that no other session uses.
+
+        Raises:
+            StoreError: it changed meanwhile, or a new block is not there any more.
+        """
+        with self._writing("exchange blocks"):
+            now = self._sessions.load(session.id)
+            same = now is not None and now.identity == session.identity
+            if now is None or not same or now.keys != session.keys:
+                raise StoreError(f"session {session.id!r}: it changed while it was read")
+            if self.contains(keys) < len(keys):
+                raise StoreError(f"session {session.id!r}: no room for all of its blocks")
+            new = dataclasses.replace(now, identity=identity, keys=keys)
+            self._sessions.save(new, session.keys)
+            self._pinned = None
+            with self._state.lock:
+                for key, old in zip(keys, session.keys, strict=True):
+                    self._state.succeed(key, old)
+            return self.give_up(session.id, session.keys)
 
     def session(self, id: str) -> Session | None:
         """The session of this id; None when there is none, it expired or its row is damaged."""

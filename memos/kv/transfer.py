@@ -58,11 +58,13 @@ def export_sessions(
     sessions: Iterable[Session],
     text_of: Callable[[Sequence[int]], str | None],
     tell: Callable[[int], object] = lambda sessions: None,
+    cold: KVIdentity | None = None,
 ) -> tuple[int, int]:
     """Write sessions, with those of their blocks that are there and pass every check.
 
     Args:
         number:  of the memory in the file, from 1.
+        cold:    of sessions that were compressed.
         text_of: what tokens say.
         tell:    called with how many sessions were written since the last call.
 
@@ -83,16 +85,18 @@ def export_sessions(
         with writer.member(lines, "records") as member:
             while waiting and size < PART_BYTES:
                 session = waiting.pop(0)
-                blocks, tail = _found(tenant, identity, session)
+                made_for = _of_digest(session.identity, identity, cold)
+                blocks, tail = (0, 0) if made_for is None else _found(tenant, made_for, session)
                 part.append((session, blocks, tail))
                 member.write(_line(session, blocks, tail, text_of(session.token_ids)))
-                size += _num_bytes(identity, blocks, tail)
+                size += _num_bytes(made_for or identity, blocks, tail)
         if size:
             with writer.member(blobs, "blob") as member:
                 for session, blocks, tail in part:
                     before = member.num_bytes
-                    write_all(member, _payloads(tenant, identity, session, blocks, tail))
-                    if member.num_bytes - before != _num_bytes(identity, blocks, tail):
+                    made_for = _of_digest(session.identity, identity, cold) or identity
+                    write_all(member, _payloads(tenant, made_for, session, blocks, tail))
+                    if member.num_bytes - before != _num_bytes(made_for, blocks, tail):
                         raise StoreError(f"session {session.id!r}: a block went while it was read")
         tell(len(part))
         count += len(part)
@@ -100,11 +104,16 @@ def export_sessions(
 
 
 def read_sessions(
-    reader: MemcubeReader, number: int, parts: int, identity: KVIdentity
+    reader: MemcubeReader,
+    number: int,
+    parts: int,
+    identity: KVIdentity,
+    cold: KVIdentity | None = None,
 ) -> Iterator[tuple[Stored, Iterator[bytes]]]:
     """The sessions of a memory of a file, each with the payloads of its blocks, a tail last.
 
-    The payloads of one have to be taken before the next one is asked for.
+    The payloads of one have to be taken before the next one is asked for. Those of sessions that
+    were compressed are of ``cold``.
 
     Raises StoreError: the file is damaged or lies.
     """
@@ -117,10 +126,11 @@ def read_sessions(
             raise StoreError(f"member {lines}: records wanted, but there are none")
         data = _Pieces(reader.pieces(blobs) if blobs in reader.members else iter(()), blobs)
         for i, line in enumerate(reader.lines(lines), 1):
-            stored = _parse(parse_record(line, f"{lines}:{i}"), f"{lines}:{i}", identity)
-            sizes = [identity.payload_bytes(index) for index in range(stored.blocks)]
+            stored = _parse(parse_record(line, f"{lines}:{i}"), f"{lines}:{i}", identity, cold)
+            made_for = _of_digest(stored.session.identity, identity, cold) or identity
+            sizes = [made_for.payload_bytes(index) for index in range(stored.blocks)]
             if stored.tail:
-                sizes.append(identity.tail_bytes(stored.tail))
+                sizes.append(made_for.tail_bytes(stored.tail))
             payloads = data.each(sizes)
             yield stored, payloads
             for _ in payloads:  # those that nobody wanted
@@ -183,10 +193,21 @@ def parse_identity(value: Any) -> KVIdentity:
     return found
 
 
+def _of_digest(digest: bytes, identity: KVIdentity, cold: KVIdentity | None) -> KVIdentity | None:
+    known = (identity,) if cold is None else (identity, cold)
+    return next((one for one in known if one.digest == digest), None)
+
+
+def parse_cold(value: Any, identity: KVIdentity) -> KVIdentity:
+    """The identity of compressed sessions, of a manifest. Raises StoreError."""
+    cold = parse_identity(value)
+    if dataclasses.replace(cold, codec=identity.codec) != identity or cold == identity:
+        raise StoreError("manifest.json: cold: the identity with another codec wanted")
+    return cold
+
+
 def _found(tenant: Tenant, identity: KVIdentity, session: Session) -> tuple[int, int]:
     """How many full blocks of a session are there, and tokens of its tail."""
-    if session.identity != identity.digest:
-        return 0, 0
     wanted = len(session.token_ids) // identity.block_tokens
     found = sum(1 for _ in _payloads(tenant, identity, session, wanted, 1))
     if found <= wanted:
@@ -232,7 +253,9 @@ def _line(session: Session, blocks: int, tail: int, text: str | None) -> bytes:
     return record(value, f"session {session.id!r}")
 
 
-def _parse(line: Mapping[str, Any], what: str, identity: KVIdentity) -> Stored:
+def _parse(
+    line: Mapping[str, Any], what: str, identity: KVIdentity, cold: KVIdentity | None
+) -> Stored:
     if line.keys() != _KEYS:
         raise StoreError(f"{what}: a session with {', '.join(sorted(_KEYS))} wanted")
     tokens, blocks, tail = line["token_ids"], line["blocks"], line["tail"]
@@ -261,7 +284,8 @@ def _parse(line: Mapping[str, Any], what: str, identity: KVIdentity) -> Stored:
         made_for = bytes.fromhex(line["identity"])
     except ValueError:
         made_for = b""
-    if len(made_for) != 32 or (made_for != identity.digest and (blocks or tail)):
+    known = _of_digest(made_for, identity, cold)
+    if len(made_for) != 32 or (known is None and (blocks or tail)):
         raise StoreError(f"{what}: blocks of the identity of the memory wanted")
     session = Session(
         id=line["session"],

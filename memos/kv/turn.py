@@ -11,7 +11,7 @@ import torch
 
 from memos.errors import ArgumentError
 from memos.kv.cache import MemosCache, MemosLayer, common_prefix, token_list
-from memos.kv.device import PoolOnDemand
+from memos.kv.device_pools import PoolOnDemand
 from memos.kv.frame import ZERO_KEY
 from memos.kv.identity import KVIdentity
 from memos.kv.model import ModelShape
@@ -28,11 +28,37 @@ class Restored:
     cache: MemosCache
     tokens: int
     stored_bytes: int
+    from_device: bool = False  # all its blocks were in the pool
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """What is known of a prompt under one identity.
+
+    Args:
+        keys:   of its full blocks, and the tail of the session where that goes on with it.
+        blocks: how many of them are full; token_ids: the tokens behind the keys.
+        tail_tokens: of the tail that are wanted.
+    """
+
+    identity: KVIdentity
+    keys: list[bytes]
+    blocks: int
+    token_ids: list[int]
+    tail_tokens: int
+
+    def tokens(self, held: int) -> int:
+        """How many tokens the first ``held`` keys bring."""
+        tail = self.tail_tokens if held > self.blocks else 0
+        return min(held, self.blocks) * self.identity.block_tokens + tail
 
 
 @dataclass(frozen=True)
 class Archive:
     """Reads and writes the conversations of one model in one tenant.
+
+    A session stands in blocks of one identity, never of both. What is restored of it has the
+    codec of what was stored, and is stored under that again.
 
     Args:
         shape, identity: of the model.
@@ -45,6 +71,8 @@ class Archive:
         restorable: how many of these first tokens may be restored; None: all.
         pools: a pool of blocks on the device of the model, for those that are restored often.
             What the store has forgotten is wiped from it before the next is restored.
+        cold: the same identity with the codec of sessions that were compressed; None: there are
+            none.
     """
 
     tenant: Tenant
@@ -57,14 +85,26 @@ class Archive:
     adapters: Callable[[], str] | None = None
     restorable: Callable[[list[int]], int] | None = None
     pools: PoolOnDemand | None = None
+    cold: KVIdentity | None = None
 
-    def new_cache(self) -> MemosCache:
-        """An empty cache whose blocks can be stored."""
+    def of_digest(self, digest: bytes) -> KVIdentity | None:
+        """The identity of a session, where it is one of these."""
+        known = (self.identity,) if self.cold is None else (self.identity, self.cold)
+        return next((one for one in known if one.digest == digest), None)
+
+    def of_cache(self, cache: MemosCache) -> KVIdentity:
+        """The identity under which a cache is stored: that of its codec."""
+        cold = self.cold
+        return cold if cold is not None and cache.codec.name == cold.codec else self.identity
+
+    def new_cache(self, identity: KVIdentity | None = None) -> MemosCache:
+        """An empty cache whose blocks can be stored, by default in the main codec."""
+        identity = identity or self.identity
         cache = MemosCache(
             self.shape,
-            self.identity.codec,
-            block_tokens=self.identity.block_tokens,
-            sink_tokens=self.identity.sink_tokens,
+            identity.codec,
+            block_tokens=identity.block_tokens,
+            sink_tokens=identity.sink_tokens,
             recent_tokens=self.recent_tokens,
             window_history=True,
         )
@@ -78,35 +118,49 @@ class Archive:
         """The longest prefix of ``ids`` that the store holds and that passes every check.
 
         Whole blocks of anyone in the tenant, then the exact tail of ``session`` as far as its
-        tokens agree.
+        tokens agree. Of two identities the one that has more tokens; of equal many that of the
+        session, else the main one.
         """
-        identity, P = self.identity, self.identity.block_tokens
-        cache = self.new_cache()
         ids = ids[: self._limit(len(ids))]
         if self.restorable is not None:
             ids = ids[: self.restorable(ids)]
-        keys = self.tenant.block_keys(ids, identity)
-        tokens, n = ids, len(keys)
-        tail_tokens = 0
+        found = self._prefix(ids, session, self.identity)
+        if self.cold is not None:
+            other = self._prefix(ids, session, self.cold)
+            both = [found, other]
+            if session is not None and session.identity == self.cold.digest:
+                both.reverse()
+            found = max(both, key=lambda one: one.tokens(self.tenant.contains(one.keys)))
+        identity, n, P = found.identity, found.blocks, found.identity.block_tokens
+        cache = self.new_cache(identity)
+        payloads = self.tenant.get(found.keys, identity, found.token_ids)
+        tail = payloads[n] if len(payloads) > n else None
+        blocks = payloads[:n]
+        pool = self.pools(self.identity, device) if self.pools is not None else None
+        if pool is not None:
+            pool.drop_unless(lambda key: self.tenant.contains([key]) == 1)
+        if identity is not self.identity:
+            pool = None  # it is for blocks of the main codec: what is hardly used has none
+        keys = found.keys[: len(blocks)]
+        pooled = pool is not None and 0 < len(blocks) == pool.contains(keys)
+        load_cache(cache, blocks, tail, identity, device, pool, keys)
+        tail_tokens = 0 if tail is None else found.tail_tokens
+        if tail is not None:
+            cache.crop(n * P + tail_tokens - cache.get_seq_length())
+        cache.token_ids = ids[: cache.get_seq_length()]
+        size = sum(len(p) for p in blocks) + identity.tail_bytes(tail_tokens)
+        return Restored(cache, cache.get_seq_length(), size, pooled)
+
+    def _prefix(self, ids: list[int], session: Session | None, identity: KVIdentity) -> _Prefix:
+        keys, P = self.tenant.block_keys(ids, identity), identity.block_tokens
         if session is not None and session.identity == identity.digest:
             before = len(session.token_ids) // P
             shared = common_prefix(ids, session.token_ids)
             has_tail = len(session.keys) == before + 1
             if has_tail and shared > before * P and self.tenant.contains(keys) <= before:
-                keys, n = session.keys, before
-                tokens, tail_tokens = session.token_ids, shared - before * P
-        payloads = self.tenant.get(keys, identity, tokens)
-        tail = payloads[n] if len(payloads) > n else None
-        blocks = payloads[:n]
-        pool = self.pools(identity, device) if self.pools is not None else None
-        if pool is not None:
-            pool.drop_unless(lambda key: self.tenant.contains([key]) == 1)
-        load_cache(cache, blocks, tail, identity, device, pool, keys[: len(blocks)])
-        if tail is not None:
-            cache.crop(n * P + tail_tokens - cache.get_seq_length())
-        cache.token_ids = ids[: cache.get_seq_length()]
-        size = sum(len(p) for p in blocks) + identity.tail_bytes(tail_tokens if tail else 0)
-        return Restored(cache, cache.get_seq_length(), size)
+                tail_tokens = shared - before * P
+                return _Prefix(identity, session.keys, before, session.token_ids, tail_tokens)
+        return _Prefix(identity, keys, len(keys), ids, 0)
 
     def store(
         self, session_id: str, cache: MemosCache, metadata: dict[str, Any]
@@ -123,7 +177,7 @@ class Archive:
             ArgumentError: the cache is not of this model or codec.
             StoreError, QuotaError: as ``Tenant.put``; the session stays as it was.
         """
-        identity, P, tenant = self.identity, self.identity.block_tokens, self.tenant
+        identity, P, tenant = self.of_cache(cache), self.identity.block_tokens, self.tenant
         known = self._limit(cache.known_tokens, cache.get_seq_length())
         ids = cache.token_ids[:known]
         keys, entries, tail = tenant.block_keys(ids, identity), [], []
@@ -145,6 +199,7 @@ class Archive:
                 payload = tail_payload(cache, n * P, len(rest))
                 entries.append(Entry(tail[0], parent, rest, n, payload, tail=True))
         before = tenant.session(session_id)
+        outdated = self._outdated(before, identity)
         new = tenant.put(entries, identity, ttl_s=self.ttl_s) if entries else 0
         session = tenant.save_session(
             Session(
@@ -156,15 +211,18 @@ class Archive:
                 created_at=before.created_at if before else 0.0,
                 expires_at=None if self.ttl_s is None else self.clock() + self.ttl_s,
                 pinned=before.pinned if before else False,
-            )
+            ),
+            also=outdated,
         )
+        if outdated:
+            tenant.give_up(session_id, outdated)
         if before is not None and (old := self._tail_of(before)) and old not in tail:
             tenant.delete([old])
         return session, new
 
     def check(self, cache: MemosCache) -> None:
         """Raise ArgumentError unless this cache can be stored here."""
-        identity = self.identity
+        identity = self.of_cache(cache)
         wanted = [identity.codec, identity.block_tokens]
         got = [cache.codec.name, cache.block_tokens]
         if not cache.codec.lossless:
@@ -185,9 +243,20 @@ class Archive:
 
     def stored_bytes(self, session: Session) -> int:
         """Bytes of the payloads of a session's blocks and tail."""
-        P, n = self.identity.block_tokens, len(session.token_ids)
-        blocks = sum(self.identity.payload_bytes(i) for i in range(n // P))
-        return blocks + self.identity.tail_bytes(n % P)
+        identity = self.of_digest(session.identity) or self.identity
+        P, n = identity.block_tokens, len(session.token_ids)
+        blocks = sum(identity.payload_bytes(i) for i in range(n // P))
+        return blocks + identity.tail_bytes(n % P)
+
+    def _outdated(self, before: Session | None, identity: KVIdentity) -> set[bytes]:
+        """Keys of a session that go when it is stored under ``identity``: all of those of the
+        other one, and what a compression left that was cut off."""
+        if before is None or self.cold is None:
+            return set()
+        found = self.tenant.claimed(before)
+        if before.identity != identity.digest and self.of_digest(before.identity) is not None:
+            found.update(before.keys)
+        return found
 
     def _tail_of(self, session: Session) -> bytes | None:
         n = len(session.token_ids) // self.identity.block_tokens
@@ -213,6 +282,7 @@ class Turn:
         reused_tokens: how many of them came from the store.
         stored_bytes, raw_bytes: of the reused tokens: as stored, and as the model makes them;
             after ``commit`` of all tokens that the session keeps.
+        from_device:   whether all reused blocks were on the model's device already.
         stored_tokens, new_blocks: after ``commit``: tokens kept, blocks and tails newly written.
 
     Not thread-safe; different turns are independent.
@@ -238,6 +308,7 @@ class Turn:
         self._start.inputs(token_ids)  # one token less than the prompt at most
         self.reused_tokens = self._start.get_seq_length()
         self.stored_bytes = restored.stored_bytes
+        self.from_device = restored.from_device
         self.raw_bytes = self.reused_tokens * archive.shape.token_bytes()
         self.stored_tokens = self.new_blocks = 0
         self.on_commit: Callable[[Turn], object] | None = None

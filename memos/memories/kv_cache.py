@@ -23,6 +23,7 @@ from memos.tracing import traced
 
 if TYPE_CHECKING:
     from memos.kv._crypto import Wraps
+    from memos.kv.device_pools import PoolOnDemand
     from memos.kv.identity import KVIdentity
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Turn
@@ -62,6 +63,8 @@ class KVCacheMemory(KVInside, KVPieces):
         store:          a KVStore to use instead of opening ``path``; not closed by ``close``.
         tenant:         whose blocks: nothing is shared between tenants.
         codec:          how the past is packed: raw, int8, int4, int2, fp8, ... (see Codec).
+        cold_codec:     a smaller one for sessions that are hardly used, see ``compress``; a
+            scheduler compresses them by it before it drops any. None: no session changes.
         max_cache_size: at most so many tokens of a session are kept, the first ones; the rest
             is computed again. None: all.
         block_tokens, sink_tokens, recent_tokens: as ``MemosCache`` takes them.
@@ -70,7 +73,7 @@ class KVCacheMemory(KVInside, KVPieces):
         ttl_s:          seconds that a block lives from when it was stored, and a session from its
             last turn.
         device:         where restored caches go; default: the model's device.
-        device_bytes:   of that device, for blocks that are restored often: a ``DevicePool``.
+        device_bytes:   of that device, for blocks that are restored often.
 
     Thread-safe, as far as each thread has its own turns and caches.
 
@@ -93,6 +96,7 @@ class KVCacheMemory(KVInside, KVPieces):
         store: KVStore | None = None,
         tenant: str = "default",
         codec: str | Codec = "int4",
+        cold_codec: str | Codec | None = None,
         max_cache_size: int | None = None,
         block_tokens: int = 64,
         sink_tokens: int = 2,
@@ -110,6 +114,7 @@ class KVCacheMemory(KVInside, KVPieces):
         device_bytes: int = 0,
     ) -> None:
         from memos.kv.cache import MemosCache
+        from memos.kv.device_pools import PoolOnDemand
         from memos.kv.model import shape_of, shape_of_model, tokenizer_digest
 
         if not isinstance(name, str) or not name:
@@ -133,9 +138,7 @@ class KVCacheMemory(KVInside, KVPieces):
         self.name, self.description = name, description
         self.max_cache_size, self.ttl_s = max_cache_size, ttl_s
         self._model, self._config, self._device = model, model_config, device
-        if device_bytes < 0:
-            raise ArgumentError(f"device_bytes: at least 0 wanted, got {device_bytes}")
-        self._device_bytes, self._pools = device_bytes, None
+        self._pools = PoolOnDemand(device_bytes)
         self._shape = shape_of(model_config) if model is None else shape_of_model(model)
         self._recent_tokens, self._clock = recent_tokens, clock
         self._tokenizer = tokenizer
@@ -155,7 +158,12 @@ class KVCacheMemory(KVInside, KVPieces):
         )
         self._lock = threading.Lock()
         self._has_looked = not self._shape.assumed or not kept
-        self._identity()
+        self._cold = None if cold_codec is None else Codec.parse(cold_codec)
+        identity = self._identity()
+        if (cold := self._cold_of(identity)) is not None:
+            from memos.kv.recompress import check_smaller
+
+            check_smaller(identity, cold)
         self._owns_store = store is None
         self.store = store or KVStore(
             None if path is None else os.fspath(path),
@@ -398,6 +406,40 @@ class KVCacheMemory(KVInside, KVPieces):
         self._tell(memory_id, "delete")
         self._tenant.delete_session(memory_id)
 
+    def compress(self, memory_id: str, *, cancelled: Callable[[], bool] = lambda: False) -> int:
+        """Encode a session again by ``cold_codec``. It stays a session as any other, and stays
+        compressed: its next turn goes on in that codec.
+
+        Every token can still be reused, with what the smaller codec loses on top of what was
+        lost; the exact first and last tokens stay exact. Whenever the process ends meanwhile the
+        session is there whole, in the old codec or in the new one. Pinned sessions are compressed
+        too: a scheduler leaves them alone.
+
+        Args:
+            cancelled: looked at now and then; when it is True the session stays as it was.
+
+        Returns:
+            Bytes that are stored less now: 0 where it is compressed already; below 0 where the
+            old blocks stay because other sessions use them.
+
+        Raises:
+            ArgumentError: the memory has no cold_codec, or the session is of another model.
+            NotFoundError, AccessError.
+            StoreError, QuotaError: a block is missing or damaged, or there is no room for both
+                codecs at once; the session stays as it was.
+
+        Cost: reads, decodes and writes every block of the session once.
+        """
+        from memos.kv.recompress import compress
+
+        if kv_rights.actor() is not None:
+            kv_rights.check(self.name, "write", self._session(memory_id))
+        archive = self._archive()
+        if archive.cold is None:
+            raise ArgumentError(f"memory {self.name!r}: one made with cold_codec= wanted")
+        saved = compress(archive.tenant, memory_id, archive.identity, archive.cold, cancelled)
+        return saved or 0
+
     def sessions(self) -> list[str]:
         """Ids of all sessions that may be read, newest first."""
         found = kv_rights.seen(self.name, self._tenant.sessions())
@@ -433,9 +475,19 @@ class KVCacheMemory(KVInside, KVPieces):
         return self._tenant
 
     @property
+    def pools(self) -> PoolOnDemand:
+        """What stands on the model's device, and its budget."""
+        return self._pools
+
+    @property
     def identity(self) -> KVIdentity:
         """What the blocks of this memory are made for, as of now."""
         return self._archive().identity
+
+    @property
+    def cold_identity(self) -> KVIdentity | None:
+        """What compressed blocks of this memory are made for; None without ``cold_codec``."""
+        return None if self._cold is None else self._archive().cold
 
     def text_of(self, token_ids: Sequence[int]) -> str | None:
         """What tokens say; None where this memory has no tokenizer that knows."""

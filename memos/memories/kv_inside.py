@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,8 +15,10 @@ from memos.kv.sessions import LEARNT, LIST, Session
 from memos.memories import kv_rights
 
 if TYPE_CHECKING:
+    from memos.kernels.codec import Codec
     from memos.kv.cache import MemosCache
-    from memos.kv.device import PoolOnDemand
+    from memos.kv.device_pools import BlockPool, PoolOnDemand
+    from memos.kv.identity import KVIdentity
     from memos.kv.tenant import Tenant
     from memos.kv.turn import Archive
 
@@ -31,14 +34,14 @@ class KVInside:
     ttl_s: float | None
     observer: Any
     _clock: Callable[[], float]
+    _cold: Codec | None
     _config: Any
     _device: Any
-    _device_bytes: int
     _has_looked: bool
     _lock: threading.Lock
     _model: Any
     _options: dict[str, Any]
-    _pools: PoolOnDemand | None
+    _pools: PoolOnDemand
     _recent_tokens: int
     _shape: Any
     _tenant: Tenant
@@ -69,10 +72,11 @@ class KVInside:
                     if LEARNT in session.metadata:
                         self._shape = self._shape.with_fields(session.metadata[LEARNT])
                         break
+            identity = self._identity()
             return Archive(
                 tenant=self._tenant,
                 shape=self._shape if self._model is None else shape_of_model(self._model),
-                identity=self._identity(),
+                identity=identity,
                 recent_tokens=self._recent_tokens,
                 max_tokens=self.max_cache_size,
                 ttl_s=self.ttl_s,
@@ -81,15 +85,22 @@ class KVInside:
                 restorable=None
                 if kv_rights.actor() is None
                 else partial(kv_rights.restorable, self.name, self._tenant),
-                pools=self._pools_of_device(),
+                pools=self._pools,
+                cold=self._cold_of(identity),
             )
 
-    def _pools_of_device(self) -> PoolOnDemand | None:
-        if self._device_bytes and self._pools is None:
-            from memos.kv.device import PoolOnDemand
+    def _cold_of(self, identity: KVIdentity) -> KVIdentity | None:
+        if self._cold is None:
+            return None
+        return dataclasses.replace(identity, codec=self._cold.name)
 
-            self._pools = PoolOnDemand(self._device_bytes, "lru")
-        return self._pools
+    def device_pool(self, identity: Any) -> BlockPool | None:
+        """Where blocks of this identity stand on the model's device; None: nowhere."""
+        device = self._device or getattr(self._model, "device", None)
+        if device is None:
+            made = self._pools.pool
+            device = "cpu" if made is None else made.device
+        return self._pools(identity, device)
 
     def _tell(self, id: str, what: str = "read") -> None:
         if self.observer is not None:
@@ -113,7 +124,8 @@ class KVInside:
         if not restored.tokens:
             return []
         self._tell("prefix")
-        key = archive.tenant.block_keys(restored.cache.token_ids, archive.identity)[-1]
+        identity = archive.of_cache(restored.cache)
+        key = archive.tenant.block_keys(restored.cache.token_ids, identity)[-1]
         return [self._made(f"prefix:{key.hex()[:16]}", restored, {}, archive)]
 
     def _cube(self, session: Session) -> MemCube:

@@ -278,6 +278,7 @@ class KVPieces:
             max_tokens=None,
             restorable=None,
             pools=None,
+            cold=None,
         )
         return found
 

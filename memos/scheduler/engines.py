@@ -68,6 +68,9 @@ class BlockPolicy:
             del self._children[parent]
         self.policy.on_remove((key,))
 
+    def succeed(self, key: bytes, old: bytes) -> None:
+        """What was learnt of a block is of its chain: the new one is a chain of its own."""
+
     def victims(self) -> Iterator[bytes]:
         self._tell()
         waiting: set[bytes] = set()  # the policy named them before what follows them

@@ -44,3 +44,6 @@ class AdapterExecutor:
 
     def archive(self, unit: str) -> None:
         raise ArgumentError(f"adapter {unit!r}: a text wanted, adapters are not archived")
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        raise ArgumentError(f"adapter {action.unit!r}: KV wanted, adapters are not compressed")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from memos.errors import ArgumentError, MemosError, NotFoundError
-from memos.scheduler.plan import DEMOTE, DROP, Action, Ranking, Rules, check_budgets, plan
+from memos.scheduler.plan import COMPRESS, DEMOTE, DROP, Action, Ranking, Rules, check_budgets, plan
 from memos.scheduler.sources import Router, Shares, Source
 from memos.scheduler.telemetry import Telemetry
 from memos.scheduler.tuning import HALF_LIVES_S, Tuner
@@ -171,7 +171,11 @@ class Scheduler:
             used |= self._resting.keys()
         units = [_expected(unit, gaps.get(unit.id), now) for unit in known]
         units = [dataclasses.replace(u, in_use=True) if u.id in used else u for u in units]
-        return State.of(units, self.tiers, self.half_life_s)
+        state = State.of(units, self.tiers, self.half_life_s)
+        if self._router is not None and state.compressed is not None:
+            held, known_bytes = self._router.shares.used, state.used()
+            state.stray = {t: max(held(t) - known_bytes[t], 0) for t in self.tiers}
+        return state
 
     def plan(self) -> list[Action]:
         """What should be done now; nothing is."""
@@ -233,9 +237,14 @@ class Scheduler:
                 continue
             here = {tier: size for tier, size in unit.num_bytes.items() if tier in known}
             access = {tier: s for tier, s in unit.access_s.items() if tier in known}
+            smaller = {tier: size for tier, size in unit.compressed_bytes.items() if tier in known}
             self.update(
                 dataclasses.replace(
-                    unit, num_bytes=here, access_s=access, copies=unit.copies & known
+                    unit,
+                    num_bytes=here,
+                    access_s=access,
+                    copies=unit.copies & known,
+                    compressed_bytes=smaller,
                 )
             )
         for id, at in self._router.uses():
@@ -297,7 +306,8 @@ class Scheduler:
 
         Returns:
             copies; heat; uses_per_hour; next_use_s: from now, None: not known; importance;
-            rebuild_s, access_s; tiers: for each {worth: seconds that a copy there saves per
+            rebuild_s, access_s; compressed_bytes: by tier, what it would take compressed again,
+            empty: it cannot be; tiers: for each {worth: seconds that a copy there saves per
             second and byte, price: the least that gets a place, wanted}; action: the last one on
             it, with its reason; words: all of that in a sentence; of a text associations: what
             was used together with it.
@@ -305,6 +315,9 @@ class Scheduler:
         Raises:
             NotFoundError: no such unit.
         """
+        if self._router is not None and self.find(id) is None:
+            self._router.ask(id)
+            self.refresh()
         unit = self.unit(id)
         now = self.clock() if now is None else now
         state = self.state()
@@ -318,6 +331,9 @@ class Scheduler:
             wanted = bool(ranking.wanted[place, t])
             tiers[tier] = {"worth": worth, "price": price, "wanted": wanted}
             words.append(f"{tier}: worth {worth:.3g}, {price:.3g} needed")
+            if tier in unit.compressed_bytes and tier in unit.copies:
+                smaller, now_there = unit.compressed_bytes[tier], unit.num_bytes[tier]
+                words[-1] += f", {smaller:,} bytes instead of {now_there:,} once compressed"
         with self._lock:
             action = self._last_actions.get(id)
         place_words = ", ".join(sorted(unit.copies)) or "nowhere"
@@ -333,6 +349,7 @@ class Scheduler:
             "pinned": unit.pinned,
             "rebuild_s": unit.rebuild_s if unit.rebuildable else None,
             "access_s": dict(unit.access_s),
+            "compressed_bytes": dict(unit.compressed_bytes),
             "tiers": tiers,
             "action": None if action is None else dataclasses.asdict(action),
             "words": f"{unit.kind} {id} is in {place_words}; {rate:.3g} uses an hour; "
@@ -396,6 +413,12 @@ class Scheduler:
             if unit is None:
                 return
             copies = set(unit.copies)
+            if outcome.made and action.kind == COMPRESS:
+                unit = dataclasses.replace(
+                    unit,
+                    num_bytes={**unit.num_bytes, **unit.compressed_bytes},
+                    compressed_bytes={},
+                )
             if outcome.made and action.target is not None:
                 copies.add(action.target)
             if outcome.gave_up and action.source is not None:
@@ -412,6 +435,8 @@ class Scheduler:
             if outcome.state == DONE and action.kind not in (DROP, DEMOTE):
                 where = action.source or unit.kind
                 operation = "load" if action.source else "rebuild"
+                if action.kind == COMPRESS:
+                    operation = COMPRESS
                 self.costs.add(operation, where, action.num_bytes, outcome.seconds)
 
 

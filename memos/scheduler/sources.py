@@ -7,6 +7,7 @@ engines together are never above it, whoever writes to them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Engine:
         used:  bytes that it holds.
         limit: sets its quota; what does not fit goes at once; raises QuotaError where it cannot.
         owner: what holds them; of one that several memories share only the first counts.
+        loose: bytes of those that leave by themselves for what comes; None: none do.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Engine:
     used: Callable[[], int]
     limit: Callable[[int], object]
     owner: object = None
+    loose: Callable[[], int] | None = None
 
 
 class Source(Protocol):
@@ -57,6 +60,9 @@ class Source(Protocol):
 
     def archive(self, unit: str, why: str) -> None:
         """Archive a text."""
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        """As ``Executor.compress``."""
 
     def look_again(self) -> None:
         """Engines may have moved something by themselves: the next ``changed`` says so."""
@@ -111,7 +117,7 @@ class Shares:
     def used(self, tier: str) -> int:
         """Bytes that the engines of a tier hold."""
         with self._lock:
-            return sum(engine.used() for engine in self._engines[tier])
+            return sum(engine.used() for engine in self._engines.get(tier, ()))
 
     def divide(self, tier: str) -> None:
         """Each keeps what it uses, as far as the budget goes, and the rest is divided equally."""
@@ -137,7 +143,9 @@ class Shares:
             place = next((i for i, engine in enumerate(engines) if engine.name == name), None)
             if place is None:
                 return
-            need = engines[place].used() + num_bytes - quotas[place]
+            engine = engines[place]
+            loose = 0 if engine.loose is None else engine.loose()
+            need = engine.used() - loose + num_bytes - quotas[place]
             if need <= 0:
                 return
             wanted = list(quotas)
@@ -202,6 +210,12 @@ class Router:
                     self._of[unit.id] = source.name
                 yield unit
 
+    def ask(self, unit: str) -> None:
+        """A unit that was not told of is wanted, from the sources that know more than they tell."""
+        for source in list(self._sources.values()):
+            if unit.startswith(f"{source.name}/") and hasattr(source, "ask"):
+                source.ask(unit)
+
     def look_again(self) -> None:
         """Engines may have moved something by themselves."""
         for source in list(self._sources.values()):
@@ -238,3 +252,10 @@ class Router:
 
     def archive(self, unit: str) -> None:
         self.source(unit).archive(unit, "scheduler")
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        source = self.source(action.unit)
+        if action.target is not None:
+            with contextlib.suppress(QuotaError):  # what is used least goes, as for what is new
+                self.shares.make(source.name, action.target, action.num_bytes)
+        return source.compress(action, cancelled)

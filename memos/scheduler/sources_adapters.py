@@ -146,3 +146,6 @@ class AdapterSource:
 
     def archive(self, unit: str, why: str) -> None:
         raise ArgumentError(f"unit {unit!r}: a text wanted, adapters are not archived")
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        raise ArgumentError(f"unit {action.unit!r}: KV wanted, adapters are not compressed")

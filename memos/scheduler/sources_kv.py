@@ -1,4 +1,4 @@
-"""The sessions of a KVCacheMemory as units: in memory and on disk."""
+"""The sessions of a KVCacheMemory as units: on the model's device, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 from memos.errors import ArgumentError, NotFoundError, StoreError
 from memos.scheduler.plan import Action
 from memos.scheduler.sources import Engine
+from memos.scheduler.sources_device import DEVICE, DeviceTier, Here
 from memos.scheduler.units import KV, Estimate, Unit
 
 if TYPE_CHECKING:
+    from memos.kv.identity import KVIdentity
+    from memos.kv.sessions import Session
     from memos.memories.kv_cache import KVCacheMemory
 
 HOST, DISK = "host", "disk"
@@ -63,12 +66,19 @@ class _Known:
     keys: list[bytes]
     tokens: int
     updated_at: float
+    identity: bytes
+    cold_keys: list[bytes]  # of its blocks once it is compressed; empty: it cannot be
+    sizes: list[int]  # bytes of its blocks in the slowest tier, as payloads or as frames
+    cold_sizes: list[int]
+    is_compressed: bool
 
 
 class KVSource:
     """Sessions: a unit each, "memory/session". Blocks that sessions share count in parts.
 
     A session that nothing holds can be computed again by its next turn, so its last copy may go.
+    Where the memory has a ``cold_codec`` it can be compressed instead, once: a session that is
+    neither pinned nor in a turn, and whose own blocks free more than the compressed ones take.
 
     Args:
         memory: whose sessions.
@@ -87,7 +97,9 @@ class KVSource:
         self._store = memory.store
         self.has_disk = self._store.path is not None
         self.pace = Pace()
-        self._access = {HOST: Estimate(1e-10), DISK: Estimate(1e-9)}  # seconds per byte
+        # Seconds per byte.
+        self._access = {DEVICE: Estimate(5e-11), HOST: Estimate(1e-10), DISK: Estimate(1e-9)}
+        self.device = DeviceTier(memory, self._on_device)
         self._lock = threading.Lock()
         self._dirty: dict[str, None] = dict.fromkeys(
             session.id for session in memory.tenant.sessions()
@@ -100,6 +112,8 @@ class KVSource:
         self._absent: OrderedDict[str, None] = OrderedDict()  # sessions of which no tier has all
         self._sharers: dict[bytes, set[str]] = {}
         self._was_in: dict[str, str] = {}
+        self._main: KVIdentity | None = None  # as of the last look; None: nothing is compressed
+        self._cold: KVIdentity | None = None
         memory.meter = self
 
     def close(self) -> None:
@@ -118,6 +132,7 @@ class KVSource:
             self._uses.append((self.id(turn.session), now))
             if turn.stored_bytes:
                 where = self._was_in.get(turn.session, HOST)
+                where = DEVICE if turn.from_device else where
                 self._access[where].add(seconds / turn.stored_bytes)
         start = time.perf_counter()
 
@@ -140,13 +155,14 @@ class KVSource:
     def engines(self) -> Sequence[Engine]:
         store = self._store
         found = [
+            self.device.engine(),
             Engine(
                 self.name,
                 HOST,
                 lambda: store.held()[HOST],
                 lambda n: store.set_quotas(host_bytes=n),
                 store,
-            )
+            ),
         ]
         if self.has_disk:
             found.append(
@@ -174,11 +190,14 @@ class KVSource:
             dirty, self._dirty = list(self._dirty), {}
             moved = [name for name in self._moved if name not in dirty and name in self._known]
             self._moved = ()
+        self._cold = self.memory.cold_identity
+        self._main = None if self._cold is None else self.memory.identity
         for name in dirty:
             self._read(name)
         pinned = self.memory.tenant.pinned_keys()
+        here = self.device.here()
         for name in [*dirty, *moved]:
-            unit = self._measured(name, pinned)
+            unit = self._measured(name, pinned, here)
             if unit is None:
                 self._told.pop(name, None)
                 yield self.id(name)
@@ -188,6 +207,7 @@ class KVSource:
 
     def look_again(self) -> None:
         """Engines moved blocks by themselves: where those of every session are is looked up."""
+        self.device.forget()
         with self._lock:
             self._moved = tuple(self._known)
             for name in list(itertools.islice(self._absent, _READ)):
@@ -197,6 +217,7 @@ class KVSource:
     def _read(self, name: str) -> None:
         """Take in a session's row; of one that is gone, nothing stays."""
         session = self.memory.tenant.session(name)
+        cold = self._once_compressed(session)
         with self._lock:
             before = self._known.pop(name, None)
             old = set(before.keys) if before is not None else set()
@@ -212,9 +233,30 @@ class KVSource:
                     self._moved = (*self._moved, *(sharers - {name}))
             if session is not None:
                 tokens = len(session.token_ids)
-                self._known[name] = _Known(session.keys, tokens, session.updated_at)
+                is_cold = self._cold is not None and session.identity == self._cold.digest
+                self._known[name] = _Known(
+                    session.keys, tokens, session.updated_at, session.identity, *cold, is_cold
+                )
 
-    def _measured(self, name: str, pinned: set[bytes]) -> Unit | None:
+    def _once_compressed(self, session: Session | None) -> tuple[list[bytes], list[int], list[int]]:
+        """Keys under the cold codec, and the bytes of the blocks now and then."""
+        main, cold = self._main, self._cold
+        if main is None or cold is None or session is None or session.identity != main.digest:
+            return [], [], []
+        from memos.kv.recompress import keys_under, payload_sizes
+
+        kept = self._kept_bytes
+        sizes, smaller = payload_sizes(session, main), payload_sizes(session, cold)
+        keys = keys_under(self.memory.tenant, session, cold)
+        return keys, [kept(n) for n in sizes], [kept(n) for n in smaller]
+
+    def _kept_bytes(self, payload: int) -> int:
+        """What a payload takes where it is kept for good."""
+        from memos.kv.frame import frame_bytes
+
+        return frame_bytes(payload, self._store.is_encrypted) if self.has_disk else payload
+
+    def _measured(self, name: str, pinned: set[bytes], here: Here) -> Unit | None:
         with self._lock:
             known, is_open = self._known.get(name), name in self._open
             if known is None:
@@ -222,6 +264,7 @@ class KVSource:
                 self._absent.pop(name, None)
                 return self._opening(name) if is_open else None
             part = sum(1.0 / len(self._sharers[key]) for key in known.keys)
+            alone = [len(self._sharers[key]) == 1 for key in known.keys]
         tiers = (HOST, DISK) if self.has_disk else (HOST,)
         placed = self.memory.tenant.placed(known.keys)
         count = len(known.keys)
@@ -232,31 +275,79 @@ class KVSource:
             self._absent.pop(name, None)
         else:  # dropped, or deleted: that is found out by and by
             self._absent.setdefault(name)
+        is_pinned = bool(known.keys) and known.keys[-1] in pinned
+        smaller = {}
+        if copies and not is_pinned and not is_open and known.cold_keys:
+            saved = self._saved(known, alone)
+            smaller = dict.fromkeys(tiers, max(size - saved, 1)) if saved > 0 else {}
+        sizes = dict.fromkeys(tiers, size)
+        device = self._device_copy(known, here)
+        if device is not None and copies:
+            sizes[DEVICE], is_here = device
+            copies |= {DEVICE} if is_here else set()
         self._was_in[name] = HOST if HOST in copies or not self.has_disk else DISK
         return Unit(
             self.id(name),
             KV,
-            num_bytes=dict.fromkeys(tiers, size),
+            num_bytes=sizes,
             copies=copies,
-            pinned=bool(known.keys) and known.keys[-1] in pinned,
+            pinned=is_pinned,
             in_use=is_open,
             rebuildable=True,
             rebuild_s=known.tokens * self.pace.prompt_s,
-            access_s={tier: whole * self._access[tier].value for tier in tiers},
+            access_s={tier: whole * self._access[tier].value for tier in sizes},
             last=known.updated_at,
             buildable=self._rebuild is not None,
+            mirror=DEVICE,
+            compressed_bytes=smaller,
         )
+
+    def _saved(self, known: _Known, alone: Sequence[bool]) -> int:
+        """Bytes that compressing a session frees: what others use stays, and what is there of the
+        new blocks is shared."""
+        there = self.memory.tenant.expiries(known.cold_keys)
+        freed = sum(size for size, own in zip(known.sizes, alone, strict=True) if own)
+        pairs = zip(known.cold_keys, known.cold_sizes, strict=True)
+        return freed - sum(size for key, size in pairs if key not in there)
+
+    def _device_copy(self, known: _Known, here: Here) -> tuple[int, bool] | None:
+        """What a session's full blocks take on the device, and whether they all are there; None
+        where they cannot be."""
+        if here is None or here[1].digest != known.identity:
+            return None
+        pool, identity = here
+        keys = known.keys[: known.tokens // identity.block_tokens]
+        if not keys:
+            return None
+        with self._lock:
+            part = sum(1.0 / max(len(self._sharers.get(key, ())), 1) for key in keys)
+        return max(int(part * pool.block_bytes), 1), pool.contains(keys) == len(keys)
+
+    def _on_device(self) -> set[bytes]:
+        """Keys of the sessions that have a copy there."""
+        with self._lock:
+            units = list(self._told.items())
+            told = [name for name, unit in units if DEVICE in unit.copies]
+            return {key for name in told if name in self._known for key in self._known[name].keys}
 
     def _opening(self, name: str) -> Unit:
         """A session whose first turn runs."""
         return Unit(self.id(name), KV, {HOST: 1}, in_use=True, rebuildable=True, buildable=False)
 
     def figures(self) -> dict[str, float]:
-        """hit_rate: of the blocks that turns asked for; host_hits, disk_hits."""
+        """hit_rate: of the blocks that turns asked for; host_hits, disk_hits; sessions, and how
+        many of them are compressed, where they can be."""
         stats = self._store.stats()
         disk = stats.get("disk", {"hits": 0})
         hits = {"host_hits": stats["host"]["hits"], "disk_hits": disk["hits"]}
-        return {"hit_rate": stats["hit_rate"], "sessions": len(self._known), **hits}
+        figures = {"hit_rate": stats["hit_rate"], "sessions": len(self._known), **hits}
+        device = self.memory.pools.stats()
+        if device:
+            figures["device_hits"] = device["hits"]
+        if self._cold is not None:
+            known = list(self._known.values())
+            figures["compressed"] = sum(session.is_compressed for session in known)
+        return figures
 
     # Moves
 
@@ -272,10 +363,22 @@ class KVSource:
             if self._rebuild is None:
                 raise ArgumentError(f"session {name!r}: its next turn computes it")
             self._rebuild(name)
+            if action.target != DEVICE:
+                return
+            session = self.memory.tenant.session(name)
+            if session is None:
+                raise NotFoundError(f"session {name!r}: not there")
+        if action.target == DEVICE:
+            try:
+                self.device.load(session, cancelled)
+            finally:
+                with self._lock:
+                    self._dirty[name] = None
             return
         if action.target == HOST:
-            identity = self.memory.identity
-            if identity.digest != session.identity:
+            kinds = self.memory.identity, self.memory.cold_identity
+            identity = next((i for i in kinds if i and i.digest == session.identity), None)
+            if identity is None:
                 raise ArgumentError(f"session {name!r}: made for another model")
             for start in range(0, len(session.keys), _CHUNK):
                 if cancelled():
@@ -293,10 +396,35 @@ class KVSource:
             if name in self._open:
                 raise ArgumentError(f"session {name!r}: a turn uses it")
             self._dirty[name] = None
+            known = self._known.get(name)
+            keys = [] if known is None else known.keys
+            own = [key for key in keys if self._sharers.get(key, set()) <= {name}]
+        if tier == DEVICE:
+            self.device.drop(own)
+            return
         try:
             self.memory.tenant.leave(name, tier)
         except NotFoundError:
             return  # it was deleted meanwhile
+        finally:
+            self.device.forget(keys)
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        name = self._name(action.unit)
+        with self._lock:
+            if name in self._open:
+                raise ArgumentError(f"session {name!r}: a turn uses it")
+            self._dirty[name] = None
+        session = self.memory.tenant.session(name)
+        if session is None:
+            raise NotFoundError(f"session {name!r}: not there")
+        if session.pinned:
+            raise ArgumentError(f"session {name!r}: it is pinned")
+        self.memory.compress(name, cancelled=cancelled)
+        self.device.forget()  # the blocks that they were
+        session = self.memory.tenant.session(name)
+        cold = self.memory.cold_identity
+        return session is not None and cold is not None and session.identity == cold.digest
 
     def archive(self, unit: str, why: str) -> None:
         raise ArgumentError(f"unit {unit!r}: a text wanted, sessions are not archived")

@@ -1,24 +1,27 @@
 """The texts of a declarative memory as units, and what can be made of them: their KV, an adapter.
 
-A text becomes a unit when it is used. Hot ones may be activated: prefilled once, so that a
-context carries their KV instead of their words; all of a memory's hot ones together may be
-consolidated into an adapter. Both are done by whoever is given for it.
+A text becomes a unit when it is used, when it is found to be cold, or when it is asked for. Hot
+ones may be activated: prefilled once, so that a context carries their KV instead of their words;
+all of a memory's hot ones together may be consolidated into an adapter. Both are done by whoever
+is given for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from memos.errors import ArgumentError
+from memos.errors import ArgumentError, NotFoundError
 from memos.scheduler.plan import Action
 from memos.scheduler.sources import Engine
 from memos.scheduler.units import ADAPTER, KV, TEXT, Unit
 
 if TYPE_CHECKING:
     from memos.cube import MemCube
+    from memos.records.cold_rows import ColdRow
 
 _BOUND = 65536  # units of one memory: those used last
 ACTIVATED, LEARNT = "kv", "adapter"
@@ -56,6 +59,9 @@ class TextSource:
         tier:     where KV of texts is held.
         hot:      uses of a text from which on it is worth learning; as many texts are learnt at
             once as are hot, at least ``least``.
+        walk:     looks at some more texts, from a number on: those of them that are to be archived,
+            and the next number. Once in every step.
+        find:     a text by its id.
     """
 
     def __init__(
@@ -69,10 +75,13 @@ class TextSource:
         adapter_tier: str = "disk",
         hot: int = 20,
         least: int = 8,
+        walk: Callable[[int], tuple[Sequence[ColdRow], int]] | None = None,
+        find: Callable[[str], ColdRow | None] | None = None,
     ) -> None:
         self.name, self._archives = name, archives
         self.activator, self.consolidator = activator, consolidator
         self.tier, self.adapter_tier, self.hot, self.least = tier, adapter_tier, hot, least
+        self._walk, self._find, self._place = walk, find, 0
         self._lock = threading.Lock()
         self._texts: OrderedDict[str, Unit] = OrderedDict()
         self._counts: dict[str, int] = {}
@@ -133,7 +142,36 @@ class TextSource:
         yield from found
 
     def look_again(self) -> None:
-        """Nothing moves by itself."""
+        """Some more of the texts that nobody has used here are looked at."""
+        if self._walk is None:
+            return
+        rows, self._place = self._walk(self._place)
+        for row in rows:
+            self._take(row)
+
+    def ask(self, unit: str) -> None:
+        """From now on a text is a unit, used here or not; unknown ones are ignored."""
+        row = None if self._find is None else self._find(self._cube(unit))
+        if row is not None:
+            self._take(row)
+
+    def _take(self, row: ColdRow) -> None:
+        unit = Unit(
+            self.id(row.id),
+            TEXT,
+            num_bytes={"disk": row.num_bytes},
+            copies=frozenset({"disk"}),
+            heat=row.heat,
+            last=row.last,
+            importance=row.importance,
+            archived=row.archived,
+        )
+        with self._lock:
+            if row.id in self._texts or len(self._texts) >= _BOUND:
+                return
+            self._texts[row.id] = unit
+            self._texts.move_to_end(row.id, last=False)  # the first to be forgotten
+            self._dirty[unit.id] = None
 
     def figures(self) -> dict[str, float]:
         """texts: that were used; activated."""
@@ -212,7 +250,11 @@ class TextSource:
 
     def archive(self, unit: str, why: str) -> None:
         cube = self._cube(unit)
-        self._archives(cube, why)
+        with contextlib.suppress(NotFoundError):  # it was deleted meanwhile
+            self._archives(cube, why)
         with self._lock:
             self._texts.pop(cube, None)
             self._dirty[unit] = None
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        raise ArgumentError(f"unit {action.unit!r}: a session wanted, texts are not compressed")

@@ -42,6 +42,9 @@ class Unit:
         next_use:    when it is expected to be wanted, seconds; None: not known.
         archived:    of a text: it is already.
         buildable:   a worker can build it; else only whoever uses it does.
+        mirror:      tier whose copy is read through one in a slower tier, and is nothing without.
+        compressed_bytes: by tier: what a copy there takes once the unit is compressed again; empty:
+            it cannot be.
     """
 
     id: str
@@ -59,6 +62,8 @@ class Unit:
     next_use: float | None = None
     archived: bool = False
     buildable: bool = True
+    mirror: str | None = None
+    compressed_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -74,6 +79,10 @@ class State:
         heat, last, importance, rebuild_s, next_use: [n] float64; next_use nan: not known.
         pinned, in_use, rebuildable, archived: [n] bool.
         buildable: [n] bool; None: all are.
+        mirror:    [n, t] bool: copies there need another one; None: nowhere.
+        stray:     by tier: bytes there that belong to no unit, which go when room is wanted.
+        compressed: [n, t] int64, bytes of a copy that is compressed again; negative: it cannot be;
+            None: none can.
         access_s:  [n, t] float64.
     """
 
@@ -94,6 +103,9 @@ class State:
     archived: Array
     half_life_s: float = HALF_LIFE_S
     buildable: Array | None = None
+    mirror: Array | None = None
+    compressed: Array | None = None
+    stray: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,6 +126,7 @@ class State:
         known = set(tiers)
         for unit in rows:
             named = unit.num_bytes.keys() | unit.copies | unit.access_s.keys()
+            named |= unit.compressed_bytes.keys()
             if unit.kind not in KINDS or not named <= known:
                 raise ArgumentError(
                     f"unit {unit.id!r}: kind of {', '.join(KINDS)} and tiers of "
@@ -129,6 +142,9 @@ class State:
             values = [[read(unit, tier) for tier in tiers] for unit in rows]
             return numpy.array(values, dtype).reshape(len(rows), len(tiers))
 
+        smaller = None
+        if any(unit.compressed_bytes for unit in rows):
+            smaller = table(lambda unit, tier: unit.compressed_bytes.get(tier, -1), numpy.int64)
         nexts = [math.nan if unit.next_use is None else unit.next_use for unit in rows]
         return cls(
             tiers=tuple(tiers),
@@ -147,7 +163,11 @@ class State:
             next_use=numpy.array(nexts, float),
             archived=column("archived", bool),
             buildable=column("buildable", bool),
+            mirror=table(lambda unit, tier: unit.mirror == tier, bool)
+            if any(unit.mirror for unit in rows)
+            else None,
             half_life_s=half_life_s,
+            compressed=smaller,
         )
 
     def used(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from memos.errors import ArgumentError, MemosError
-from memos.scheduler.plan import ARCHIVE, DEMOTE, DROP, Action
+from memos.scheduler.plan import ARCHIVE, COMPRESS, DEMOTE, DROP, Action
 
 DONE, SKIPPED, FAILED, CANCELLED = "done", "skipped", "failed", "cancelled"
 _KEPT = 256  # outcomes that are remembered
@@ -40,6 +40,13 @@ class Executor(Protocol):
 
     def archive(self, unit: str) -> None:
         """Archive a text."""
+
+    def compress(self, action: Action, cancelled: Callable[[], bool]) -> bool:
+        """Make a unit's only copy smaller where it is: the new one first, then the old one goes.
+
+        Raising, or returning False because it was cancelled, leaves the unit as it was, and
+        nothing of the new copy.
+        """
 
 
 class Ledger:
@@ -91,7 +98,8 @@ class Outcome:
 
     Args:
         state:         done, skipped, failed or cancelled.
-        made, gave_up: whether the target has a copy by it, and whether the source has none.
+        made, gave_up: whether the target has a copy by it, of a unit that was compressed a smaller
+            one, and whether the source has none.
     """
 
     action: Action
@@ -236,6 +244,8 @@ class Worker:
         if action.kind == ARCHIVE:
             self._executor.archive(action.unit)
             return DONE, action.reason
+        if action.kind == COMPRESS and action.source is not None:
+            return self._compress(action, action.source, move)
         gives_up = action.kind in (DROP, DEMOTE)
         if gives_up and self._is_used(action.unit):
             return SKIPPED, "in use"
@@ -260,6 +270,18 @@ class Worker:
             move.gave_up = True
             self.ledger.give_back(action.source, size)
         return DONE, action.reason
+
+    def _compress(self, action: Action, tier: str, move: _Move) -> tuple[str, str]:
+        if self._is_used(action.unit):
+            return SKIPPED, "in use"
+        old = self._sizes(action.unit, tier)
+        if not self.ledger.reserve(tier, action.num_bytes):
+            return SKIPPED, f"no room for {action.num_bytes} bytes more in {tier}"
+        try:
+            move.made = self._executor.compress(action, self._is_cancelled)
+        finally:
+            self.ledger.give_back(tier, old if move.made else action.num_bytes)
+        return (DONE, action.reason) if move.made else (CANCELLED, "cancelled")
 
     def _undo(self, unit: str, tier: str, size: int) -> None:
         """A copy that is not to be: its bytes count until it is gone for certain."""
