@@ -22,6 +22,7 @@ TURN, LONGEST = 64, 960  # tokens that a turn adds, and after which a new conver
 EXPONENT = 1.0  # of the users' popularity
 BUDGET = 0.25  # of the bytes that all caches need
 CODEC = "int4"
+PAUSE_S = 20.0  # between two requests
 
 
 @dataclass
@@ -110,6 +111,59 @@ def run(folder: Path) -> tuple[list[Mode], int, int]:
                 assert held["quota_bytes"] <= budget
     mos.close()
     return modes, budget, need
+
+
+class Clock:
+    """Stands still but for pauses: which session is cold does not hang on the machine."""
+
+    now = 1e9
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@torch.no_grad()
+def run_tight(cold_codec: str | None, share: float) -> dict[str, float]:
+    """The same requests in int8, in memory alone, a step of the scheduler after each.
+
+    Returns:
+        possible, reused: tokens that were seen before, and those that came from the store;
+        compressed: sessions that are in the end; peak_bytes, budget_bytes.
+    """
+    from memos import MOS, KVCacheMemory
+
+    model, asked, clock = real.load_model("bfloat16"), requests(), Clock()
+    count = max(text for _, text, _ in asked) + 1
+    texts = real.text_segments(real.load_tokenizer(), count, LONGEST).tolist()
+    memory = KVCacheMemory("chat", model=model, codec="int8", cold_codec=cold_codec, clock=clock)
+    budget = int(share * needed(memory, asked))
+    mos = MOS(clock=clock)
+    mos.register_memory(memory)
+    scheduler = mos.schedule({"host": budget}, every_s=None)
+    seen: dict[str, int] = {}
+    mode, possible, peak = Mode("tight", memory), 0, 0
+    for session, text, tokens in asked:
+        ask(mode, model, session, texts[text][:tokens])
+        possible += seen.get(session, 0)
+        seen[session] = tokens
+        scheduler.step()
+        assert scheduler.worker is not None
+        assert scheduler.worker.wait(60)
+        held = memory.store.held()["host"]
+        assert held <= budget
+        peak = max(peak, held)
+        clock.now += PAUSE_S
+    stats = mos.stats()["scheduler"]
+    found = {
+        "possible_tokens": possible,
+        "reused_tokens": mode.reused,
+        "reused": mode.reused / possible,
+        "compressed": stats["memories"]["chat"].get("compressed", 0),
+        "peak_bytes": peak,
+        "budget_bytes": budget,
+    }
+    mos.close()
+    return found
 
 
 def ask(mode: Mode, model: Any, session: str, ids: list[int]) -> None:

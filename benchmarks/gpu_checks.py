@@ -188,7 +188,30 @@ def check_pool() -> int:
     gone = {name: row for some, rows in left for name, row in zip(some, rows, strict=True)}
     for i, name in enumerate(names):
         assert torch.equal(gone[name], packed[i]), "DevicePool: what left is not what came"
-    return 12
+    return 12 + check_block_pool(packed, "cuda")
+
+
+def check_block_pool(packed: Any, device: str) -> int:
+    """The pool of a KVCacheMemory: chains through a budget that changes, on two streams."""
+    import torch
+
+    from memos.kv.device_pools import BlockPool
+
+    blocks, names = list(packed), [b"%d" % i for i in range(len(packed))]
+    size = blocks[0].numel()
+    pool = BlockPool(tuple(blocks[0].shape), 5 * size, device)
+    on_gpu = pool.device.type == "cuda"
+    streams = [torch.cuda.Stream(), torch.cuda.current_stream()] if on_gpu else [None]
+    count = 0
+    for n, budget in ((3, 5), (12, 5), (6, 9), (4, 2), (12, 12)):
+        pool.set_budget(budget * size)
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found = torch.stack(pool.through(names[:n], blocks[:n]))
+                assert torch.equal(found.cpu(), packed[:n]), "BlockPool: not the blocks"
+            assert pool.held() <= budget * size, "BlockPool: above its budget"
+            count += 1
+    return count
 
 
 def same_bytes(torch: Any, a: Any, b: Any) -> bool:

@@ -25,6 +25,7 @@ from benchmarks import model as real  # noqa: E402
 
 SEGMENTS, CONTEXT, LENGTH = 10, 768, 1024
 CODECS = ("raw", "int8", "fp8", "int4", "int4-g64", "int4-g32-rot", "int2")
+AGAIN = ("int8 to int4", "int8 to int2")  # packed by the one, later compressed by the other
 
 
 @functools.lru_cache(maxsize=1)
@@ -79,24 +80,28 @@ def record(benchmark: Any, codec: str, bits: float, figures: list[torch.Tensor])
     return row
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, *AGAIN])
 def test_kv_quality(benchmark: Any, tmp_path: Path, codec: str) -> None:
     if (why := real.missing()) is not None:
         pytest.skip(why)
     from memos import KVCacheMemory
 
     model = real.load_model("float32")
-    with KVCacheMemory("quality", model=model, path=tmp_path, codec=codec, durable=False) as kv:
+    first, _, later = codec.partition(" to ")
+    codecs = {"codec": first, "cold_codec": later or None}
+    with KVCacheMemory("quality", model=model, path=tmp_path, durable=False, **codecs) as kv:
         for i in range(SEGMENTS):
             content = {"token_ids": segments()[i, :CONTEXT], "cache": exact(i)[0]}
-            kv.add(content, {"user_id": f"segment-{i}"})
+            cube = kv.add(content, {"user_id": f"segment-{i}"})
+            if later:
+                assert kv.compress(cube.id) > 0
         # A bf16 model has bf16 sinks; here they are fp32.
         used = disk_bytes(tmp_path) - SEGMENTS * kv._identity().sink_bytes() // 2
     elements = SEGMENTS * CONTEXT * numbers_per_token(model.config)
 
     def run() -> list[torch.Tensor]:
         figures = []
-        with KVCacheMemory("quality", model=model, path=tmp_path, codec=codec) as kv:
+        with KVCacheMemory("quality", model=model, path=tmp_path, **codecs) as kv:
             for i in range(SEGMENTS):
                 turn = kv.begin(f"segment-{i}", segments()[i].tolist())
                 assert turn.reused_tokens == CONTEXT

@@ -191,3 +191,19 @@ def test_conversations(benchmark: Any, policy: str) -> None:
         budget_bytes=budget,
         needed_bytes=need,
     )
+
+
+@pytest.mark.parametrize("share", [0.6, 0.4])
+@pytest.mark.parametrize("cold_codec", [None, "int4"])
+def test_compression(benchmark: Any, cold_codec: str | None, share: float) -> None:
+    """Sessions in int8 that do not all fit: dropped, or compressed again before that."""
+    pytest.importorskip("torch")
+    from benchmarks import conversations
+    from benchmarks import model as real
+
+    if (why := real.missing()) is not None:
+        pytest.skip(why)
+    row = benchmark.pedantic(conversations.run_tight, (cold_codec, share), rounds=1)
+    benchmark.extra_info.update(
+        policy=f"int8, then {cold_codec or 'dropped'}", capacity=share, **row
+    )

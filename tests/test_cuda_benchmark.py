@@ -44,6 +44,12 @@ def test_cases_cover_every_kind_of_scheme() -> None:
     assert all(Codec.parse(name) for name in times.CODECS)
 
 
+def test_the_check_of_the_pool_runs_on_the_cpu_too() -> None:
+    torch = pytest.importorskip("torch", reason="the pool holds torch tensors")
+    packed = torch.arange(12 * 2 * 64).view(12, 2, 64).to(torch.uint8)
+    assert checks.check_block_pool(packed, "cpu") == 5
+
+
 def test_table() -> None:
     rows = [
         times.Row("unpack_kv", "int4", "triton", 20.0, 2000.0, 0.5, "copy"),
